@@ -75,7 +75,7 @@ class Args:
     # --- model ---
     model_name_or_path: str = str(TOY / "policy")  # initial policy: a causal language model, as hub id or folder
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto = bfloat16 on CUDA, else float32
-    attn_implementation: str = "sdpa"  # attention implementation of transformers
+    attn_implementation: str | None = None  # of transformers, such as flash_attention_2; None = sdpa where it exists
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     lora_rank: int = 0  # train LoRA adapters of this rank (alpha twice that) on all linear layers; 0 = all weights
     chat_template: str | None = None  # file with a Jinja chat template, in place of the tokenizer's own
@@ -349,10 +349,10 @@ def render(tokenizer: Any, prompt: str | list[dict], *completions: str | list[di
     return [head, *(text[len(head) :] for text in texts)]
 
 
-def encode_rows(run: Run, rows: list[dict], source: str) -> list[Pair]:
+def encode_rows(run: Run, rows: list[dict], source: str, first_row: int = 0) -> list[Pair]:
     """Pairs of token ids; says how many rows were dropped or cut."""
     tokenizer, limit, texts, pairs = run.tokenizer, run.args.max_length, [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, first_row):
         where, parts = f"{source}, row {number}", split_row(row, bool(tokenizer.chat_template))
         if parts is None:
             fail(f"{where} has the keys {sorted(row)} in none of the accepted forms: {ROW_FORMS}")
@@ -392,18 +392,20 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
         fail(f"--dataset-name {args.dataset_name} has no split {args.dataset_train_split!r}: see --dataset-train-split")
     same = args.dataset_test_split == args.dataset_train_split
     test_rows = train_rows if same else read_split(args, args.dataset_test_split)
+    kept = 0
     if test_rows is None:
         kept = len(train_rows) - min(512, max(1, len(train_rows) // 10))
         train_rows, test_rows = train_rows[:kept], train_rows[kept:]
     train_pairs = encode_rows(run, train_rows, f"{args.dataset_name} for training")
-    test_pairs = encode_rows(run, test_rows, f"{args.dataset_name} for testing")[: args.num_eval_prompts]
+    test_pairs = encode_rows(run, test_rows, f"{args.dataset_name} for testing", kept)[: args.num_eval_prompts]
     if not train_pairs or not test_pairs:
         fail(f"--dataset-name {args.dataset_name}: no pair is left to {'test' if train_pairs else 'train'} on")
     lengths = sorted(map(len, train_pairs))
     half, most, all_of_them = (lengths[len(lengths) * share // 101] for share in (50, 95, 100))
     say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {all_of_them}")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        say(f"  the first pair's {name}: {run.tokenizer.decode(getattr(train_pairs[0], name))!r}")
+        text = run.tokenizer.decode(getattr(train_pairs[0], name))
+        say(f"  the first pair's {name}: {text if len(text) <= 400 else f'{text[:300]} [...] {text[-60:]}'!r}")
     return train_pairs, test_pairs
 
 
@@ -528,7 +530,8 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def refresh_rollout(run: Run, policy: torch.nn.Module) -> None:
-    """Give run.rollout the policy's weights."""
+    """Give run.rollout the policy's weights and make it ready to sample."""
+    run.rollout.eval()
     if run.rollout is not policy:
         for copy, weight in zip(run.rollout.parameters(), policy.parameters(), strict=True):
             if weight.requires_grad:
@@ -742,7 +745,6 @@ def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[
 def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, float]:
     """Loss and accuracy on the test pairs; judge's score, win rate and KL to the initial model on sampled responses."""
     refresh_rollout(run, policy)
-    run.rollout.eval()
     metrics = summarise(score_pairs(run, run.rollout, run.test_pairs, loss_fn))
     prompts, prompt_ids = zip(*run.eval_prompts, strict=True)
     responses = generate(run, prompt_ids, 1.0, run.args.seed)
