@@ -43,6 +43,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import jinja2
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -116,23 +118,29 @@ class Args:
 
 
 PAPER_LEARNING_RATE = 5e-7
-POSITIVE = ["beta"]
-NOT_NEGATIVE = ["learning_rate", "label_smoothing"]
+RANGES = {"learning_rate": (0, 1e9), "beta": (1e-9, 1e9), "label_smoothing": (0, 0.5)}
 # endregion
 
-POSITIVE += ["max_length", "batch_size", "num_train_epochs", "max_grad_norm", "eval_steps", "num_eval_prompts"]
-POSITIVE += ["max_new_tokens", "logging_steps"]
-NOT_NEGATIVE += ["lora_rank", "micro_batch_tokens", "warmup_ratio", "weight_decay", "save_steps"]
-AT_MOST = {"warmup_ratio": 1, "label_smoothing": 0.5}
+RANGES |= {"seed": (0, 2**32), "max_steps": (-1, 1e9), "warmup_ratio": (0, 1), "max_grad_norm": (1e-9, 1e9)}
+RANGES |= dict.fromkeys(["lora_rank", "micro_batch_tokens", "weight_decay", "save_steps"], (0, 1e9))
+RANGES |= dict.fromkeys(["batch_size", "num_train_epochs", "eval_steps", "num_eval_prompts", "logging_steps"], (1, 1e9))
+RANGES |= dict.fromkeys(["max_length", "max_new_tokens"], (1, 1e9))
 FREE_ON_RESUME = ["resume", "output_dir", "track", "wandb_project_name", "wandb_entity", "micro_batch_tokens"]
 FREE_ON_RESUME += ["save_steps", "logging_steps"]
 
 
 def fail(message: str) -> NoReturn:
     """End the run with one line on stderr and exit status 1."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # its line ends, so that the message has one of its own
     if RANK > 0:
         time.sleep(5)  # rank 0 speaks first, since torchrun ends all processes when one has failed
     sys.exit(f"error: {message}")
+
+
+def brief(error: Exception) -> str:
+    """A message in one line of bearable length."""
+    return " ".join(str(error).split())[:300]
 
 
 def say(text: str) -> None:
@@ -155,6 +163,7 @@ class Run:
     micro_batch_tokens: int
     tokenizer: Any
     stop_ids: list[int] = field(default_factory=list)
+    positions: int = sys.maxsize  # of the policy
     rollout: Any = None  # plain model that is given the policy's weights, for sampling and scoring
     test_pairs: list = field(default_factory=list)
     eval_prompts: list = field(default_factory=list)  # (prompt as read, its token ids)
@@ -168,22 +177,19 @@ class Run:
 
 def check_args(args: Args) -> None:
     """End the run if a flag is out of range or names what is not there."""
-    limits = {name: (0, math.inf, "above 0") for name in POSITIVE}
-    limits |= {name: (-1e-9, AT_MOST.get(name, math.inf), "at least 0") for name in NOT_NEGATIVE}
-    for name, (low, high, wanted) in limits.items():
+    for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not (low < value <= high and value < math.inf):
-            wanted += f" and at most {high}" if high < math.inf else ""
-            fail(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, not {value}")
     for name in ("model_name_or_path", "dataset_name", "judge_name_or_path", "chat_template", "eval_prompts"):
         value = getattr(args, name)
-        if not value or Path(value).expanduser().exists():
+        is_file = name in ("chat_template", "eval_prompts")
+        if not value or (Path(value).expanduser().is_file() if is_file else Path(value).expanduser().exists()):
             continue
         if value == getattr(Args, name):
             others = "--model-name-or-path, --dataset-name and --judge-name-or-path (a reward model or None)"
             fail(f"the built-in test bed is not at {TOY}: give {others}")
-        never_on_hub = name in ("chat_template", "eval_prompts") or value.endswith((".json", ".jsonl", ".parquet"))
-        if never_on_hub or value.startswith((".", "/", "~")):
+        if is_file or value.startswith((".", "/", "~")) or value.endswith((".json", ".jsonl", ".parquet")):
             fail(f"--{name.replace('_', '-')} {value}: no such file or folder")
     if args.resume and args.output_dir is None:
         fail("--resume needs the --output-dir of the run to go on with")
@@ -210,11 +216,13 @@ def start_run(args: Args) -> Run:
     elif half:  # mixed precision is FSDP's, on one device too
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     name = gather({RANK: f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"}, WORLD_SIZE)[0]
-    folder = Path(args.output_dir or f"runs/{name}")
+    folder = Path(args.output_dir or f"runs/{name}").expanduser()
+    if not next(path for path in (folder, *folder.absolute().parents) if path.exists()).is_dir():
+        fail(f"--output-dir {folder} is, or is below, a file")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path)
     except (OSError, ValueError) as error:
-        fail(f"--model-name-or-path {args.model_name_or_path}: {str(error).strip().splitlines()[0]}")
+        fail(f"--model-name-or-path {args.model_name_or_path}: {brief(error)}")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {args.model_name_or_path} has no end-of-sequence token, so no answer could end")
     if args.chat_template:
@@ -265,23 +273,21 @@ class Pair:
 
 def read_file(path: Path) -> list[dict]:
     """Rows of a .parquet file, or of a .json or .jsonl file with a list or an object a line."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
         fail(f"{path} is neither .jsonl nor .json nor .parquet")
     rows, line = [], 0
     try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig")
         for piece in [text] if text.lstrip().startswith("[") else text.split("\n"):
             value = json.loads(piece) if piece.strip() else []
             rows += value if isinstance(value, list) else [value]
             line += 1
-    except UnicodeDecodeError as error:
-        fail(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         fail(f"{path}, line {line + error.lineno}: malformed JSON: {error.msg}")
+    except ValueError as error:  # of UTF-8 or of the parquet format
+        fail(f"{path} cannot be read: {brief(error)}")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             fail(f"{path}, row {number}: a JSON object is needed, not {json.dumps(row)[:60]}")
@@ -301,10 +307,18 @@ def read_split(args: Args, split: str) -> list[dict] | None:
     try:
         data = datasets.load_from_disk(str(path)) if path.exists() else datasets.load_dataset(args.dataset_name)
     except (OSError, ValueError, RuntimeError) as error:
-        fail(f"--dataset-name {args.dataset_name}: {str(error).strip().splitlines()[0]}")
+        fail(f"--dataset-name {args.dataset_name}: {brief(error)}")
     if isinstance(data, datasets.Dataset):
         data = {args.dataset_train_split: data}
     return data[split].to_list() if split in data else None
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value is a list of chat messages."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value or [None]
+    )
 
 
 def split_row(row: dict, chat: bool) -> tuple[Any, Any, Any] | None:
@@ -323,11 +337,12 @@ def split_row(row: dict, chat: bool) -> tuple[Any, Any, Any] | None:
         roles = ["user" if speaker == "Human" else "assistant" for speaker in turns[::2]]
         prompt = [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[1::2], strict=True)]
         return prompt, *([{"role": "assistant", "content": answer.strip()}] for answer in answers)
-    if not (isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected):
+    if not (
+        are_messages(chosen)
+        and are_messages(rejected)
+        and (prompt is None or isinstance(prompt, str) or are_messages(prompt))
+    ):
         return None
-    for message in [*(prompt if isinstance(prompt, list) else []), *chosen, *rejected]:
-        if not (isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message):
-            return None
     if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
@@ -337,13 +352,22 @@ def split_row(row: dict, chat: bool) -> tuple[Any, Any, Any] | None:
     return (prompt, chosen, rejected) if prompt and chosen[0]["role"] == rejected[0]["role"] == "assistant" else None
 
 
+def apply_template(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """Text of a conversation by the tokenizer's chat template."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, ValueError) as error:
+        why = brief(error) if tokenizer.chat_template else "there is none: give one with --chat-template"
+        fail(f"chat template of {tokenizer.name_or_path}: {why}; the messages are {json.dumps(messages)[:200]}")
+
+
 def render(tokenizer: Any, prompt: str | list[dict], *completions: str | list[dict]) -> list[str]:
     """Texts of a prompt and of its completions: messages by the chat template, strings after the tokenizer's BOS."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
         return [bos + prompt.removeprefix(bos), *completions]
-    head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    texts = [tokenizer.apply_chat_template(prompt + completion, tokenize=False) for completion in completions]
+    head = apply_template(tokenizer, prompt, add_generation_prompt=True)
+    texts = [apply_template(tokenizer, prompt + completion) for completion in completions]
     if not all(text.startswith(head) for text in texts):
         fail("the chat template renders a prompt otherwise once it is answered: give another with --chat-template")
     return [head, *(text[len(head) :] for text in texts)]
@@ -356,8 +380,6 @@ def encode_rows(run: Run, rows: list[dict], source: str, first_row: int = 0) -> 
         where, parts = f"{source}, row {number}", split_row(row, bool(tokenizer.chat_template))
         if parts is None:
             fail(f"{where} has the keys {sorted(row)} in none of the accepted forms: {ROW_FORMS}")
-        if isinstance(parts[0], list) and not tokenizer.chat_template:
-            fail(f"{where} holds chat messages, but the tokenizer has no chat template: give one with --chat-template")
         if not all((part if isinstance(part, str) else part[-1]["content"]).strip() for part in parts):
             fail(f"{where} has an empty prompt or completion")
         prob = 1.0 if row.get("preference_prob") is None else row["preference_prob"]
@@ -411,18 +433,23 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
 
 def load_eval_prompts(run: Run, test_pairs: list[Pair]) -> list[tuple[str | list[dict], list[int]]]:
     """Prompts to answer in evaluations, as read and as token ids."""
-    if run.args.eval_prompts is None:
-        return [(pair.prompt, pair.prompt_ids) for pair in test_pairs]
-    prompts = []
-    for number, row in enumerate(read_file(Path(run.args.eval_prompts).expanduser())):
-        prompt = row.get("instruction", row.get("prompt"))
-        if not prompt or not isinstance(prompt, (str, list)):
-            fail(f"--eval-prompts, row {number} has the keys {sorted(row)}: `instruction` or `prompt` is needed")
-        if isinstance(prompt, str) and run.tokenizer.chat_template:
-            prompt = [{"role": "user", "content": prompt}]
-        ids = run.tokenizer(render(run.tokenizer, prompt)[0], add_special_tokens=False).input_ids
-        prompts.append((prompt, ids))
-    return prompts or fail(f"--eval-prompts {run.args.eval_prompts} holds no rows")
+    prompts, file = [(pair.prompt, pair.prompt_ids) for pair in test_pairs], run.args.eval_prompts
+    if file:
+        prompts = []
+        for number, row in enumerate(read_file(Path(file).expanduser())):
+            prompt = row.get("instruction", row.get("prompt"))
+            if not are_messages(prompt) and not (isinstance(prompt, str) and prompt.strip()):
+                fail(f"{file}, row {number}: `instruction` or `prompt` is needed, a text or chat messages")
+            if isinstance(prompt, str) and run.tokenizer.chat_template:
+                prompt = [{"role": "user", "content": prompt}]
+            ids = run.tokenizer(render(run.tokenizer, prompt)[0], add_special_tokens=False).input_ids
+            prompts.append((prompt, ids))
+    longest = max((len(ids) for _, ids in prompts), default=0)
+    if longest == 0:
+        fail(f"--eval-prompts {file} holds no rows")
+    if longest + run.args.max_new_tokens > run.positions:
+        fail(f"a prompt of {longest} tokens leaves no room for --max-new-tokens in {run.positions} positions")
+    return prompts
 
 
 def plan_batches(args: Args, pairs: list[Pair]) -> list[list[Pair]]:
@@ -459,8 +486,8 @@ def load_model(run: Run, path: str, dtype: torch.dtype) -> torch.nn.Module:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        fail(f"model {path}: {str(error).strip().splitlines()[0]}")
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        fail(f"model {path}: {brief(error)}")
     if info["missing_keys"]:
         fail(f"model {path} has no weights for {min(info['missing_keys'])}: it is no causal language model")
     return model.to(run.device).eval()
@@ -470,10 +497,12 @@ def load_model(run: Run, path: str, dtype: torch.dtype) -> torch.nn.Module:
 def check_model(run: Run, model: torch.nn.Module) -> None:
     """End the run if the model cannot serve as policy."""
     args, path = run.args, run.args.model_name_or_path
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for flag, tokens in (("--max-length", args.max_length), ("--max-new-tokens", args.max_new_tokens + 1)):
-        if tokens > positions:
-            fail(f"{flag} {tokens} is more than the {positions} positions of {path}")
+    run.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or run.positions
+    for flag, tokens in (("--max-length", args.max_length), ("--max-new-tokens", args.max_new_tokens)):
+        if tokens > run.positions:
+            fail(f"{flag} {tokens} is more than the {run.positions} positions of {path}")
+    if len(run.tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"the tokenizer of {path} has {len(run.tokenizer)} tokens, more than the model has embeddings")
     ids = torch.arange(16, device=run.device)[None]
     alone, followed = (model(input_ids=ids[:, :n], use_cache=False).logits[:, :8].float() for n in (8, 16))
     if not torch.allclose(alone, followed, rtol=0.01, atol=0.01):
@@ -715,7 +744,7 @@ def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        fail(f"judge {path}: {str(error).strip().splitlines()[0]}")
+        fail(f"judge {path}: {brief(error)}")
     if info["missing_keys"] or model.config.num_labels != 1:
         why = "has no score head" if info["missing_keys"] else f"has {model.config.num_labels} outputs"
         fail(f"judge {path} {why}: a sequence classifier with one output is needed")
@@ -724,7 +753,7 @@ def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if tokenizer.chat_template:
             messages = [*messages, {"role": "assistant", "content": response}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(tokenizer.bos_token or "")
+            text = apply_template(tokenizer, messages).removeprefix(tokenizer.bos_token or "")
             rows.append(tokenizer(text).input_ids)
         else:
             rows.append(tokenizer("\n\n".join(message["content"] for message in messages), response).input_ids)
@@ -746,6 +775,8 @@ def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, 
     """Loss and accuracy on the test pairs; judge's score, win rate and KL to the initial model on sampled responses."""
     refresh_rollout(run, policy)
     metrics = summarise(score_pairs(run, run.rollout, run.test_pairs, loss_fn))
+    if not math.isfinite(metrics["loss"]):
+        fail(f"after step {run.step} the loss on the test pairs is not finite; checkpoints are kept")
     prompts, prompt_ids = zip(*run.eval_prompts, strict=True)
     responses = generate(run, prompt_ids, 1.0, run.args.seed)
     logratios = score(run, run.rollout, prompt_ids, responses)
@@ -1042,7 +1073,8 @@ def train(
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)).item()
         if not math.isfinite(grad_norm) or not table["loss"].isfinite().all():
             bad = [pair.row for pair, loss in zip(pairs, table["loss"], strict=True) if not loss.isfinite()]
-            what = f"loss of rows {bad[:16]}" if bad else f"gradient of rows {[pair.row for pair in pairs][:16]}"
+            rows = sorted(bad or [pair.row for pair in pairs])[:16]
+            what = f"{'loss' if bad else 'gradient'} of rows {rows}"
             fail(f"step {run.step + 1}: the {what} is not finite; nothing was updated and checkpoints are kept")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(args, run.step - first_step, num_steps)
