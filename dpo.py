@@ -505,7 +505,7 @@ def check_model(run: Run, model: torch.nn.Module) -> None:
         fail(f"the tokenizer of {path} has {len(run.tokenizer)} tokens, more than the model has embeddings")
     ids = torch.arange(16, device=run.device)[None]
     alone, followed = (model(input_ids=ids[:, :n], use_cache=False).logits[:, :8].float() for n in (8, 16))
-    if not torch.allclose(alone, followed, rtol=0.01, atol=0.01):
+    if not torch.allclose(alone, followed, rtol=0.01, atol=0.01, equal_nan=True):
         fail(f"{path} is no causal language model: what it predicts depends on later tokens")
     if not any(weight.requires_grad for weight in model.parameters()) and args.max_steps != 0:
         fail(f"{path} is a LoRA adapter with frozen weights: merge it into its base model to train on")
@@ -609,20 +609,6 @@ def score(run: Run, model: torch.nn.Module, prompts: list[list[int]], completion
     return torch.tensor(gather(logps, len(prompts)))
 
 
-def add_reference(run: Run, model: torch.nn.Module, pairs: list[Pair], name: str) -> None:
-    """Give each pair the reference's log-probabilities: as stored in the run's folder, else of this model."""
-    file = run.folder / f"{name}.safetensors"
-    if not file.exists():
-        completions = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-        logps = score(run, model, [pair.prompt_ids for pair in pairs] * 2, completions)
-        if RANK == 0:
-            save_file({"chosen_rejected": logps.view(2, -1)}, f"{file}.tmp")
-            os.replace(f"{file}.tmp", file)
-        barrier()
-    for pair, (chosen, rejected) in zip(pairs, load_file(file)["chosen_rejected"].T.tolist(), strict=True):
-        pair.ref_chosen_logps, pair.ref_rejected_logps = chosen, rejected
-
-
 class PairBatch(NamedTuple):
     """B pairs; each field is (B,) in float32, log-probabilities are sums over the completion's tokens."""
 
@@ -658,6 +644,29 @@ def score_pairs(run: Run, model: torch.nn.Module, pairs: list[Pair], loss_fn: Ca
     indices = [i for group in groups for i in group]
     table = gather(dict(zip(indices, torch.cat(values).tolist(), strict=True)), len(pairs))
     return dict(zip(["loss", *metrics], torch.tensor(table).T, strict=True))
+
+
+@torch.no_grad()
+def add_reference(run: Run, model: torch.nn.Module, batches: list[list[Pair]], name: str) -> None:
+    """Give each pair the reference's log-probabilities: as stored in the run's folder, else of this model.
+
+    The batches are those of the training: with the same micro-batches the rounding is the same too, and the margins of
+    a policy that is still the reference are exactly 0.
+    """
+    file, logps = run.folder / f"{name}.safetensors", {}
+    if not file.exists():
+        for batch in tqdm(batches, "reference", leave=False, disable=RANK > 0 or None):
+            pairs = [pair for pair in batch if id(pair) not in logps]
+            if pairs:
+                table = score_pairs(run, model, pairs, lambda known: (known.chosen_logps, {"": known.rejected_logps}))
+                logps |= zip(map(id, pairs), torch.stack(list(table.values()), dim=1), strict=True)
+        if RANK == 0:
+            save_file({"chosen_rejected": torch.stack(list(logps.values()))}, f"{file}.tmp")
+            os.replace(f"{file}.tmp", file)
+        barrier()
+    pairs = {id(pair): pair for batch in batches for pair in batch}.values()
+    for pair, (chosen, rejected) in zip(pairs, load_file(file)["chosen_rejected"].tolist(), strict=True):
+        pair.ref_chosen_logps, pair.ref_rejected_logps = chosen, rejected
 
 
 def summarise(table: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -1117,8 +1126,7 @@ def main(args: Args) -> None:
     learning_rate = pick_learning_rate(args, policy, args.learning_rate, PAPER_LEARNING_RATE)
     open_folder(run, {"learning_rate": learning_rate})
     batches = plan_batches(args, train_pairs)
-    visited = list({id(pair): pair for batch in batches for pair in batch}.values())
-    add_reference(run, run.rollout, visited + run.test_pairs, "reference_logps")
+    add_reference(run, run.rollout, [*batches, run.test_pairs], "reference_logps")
     say(f"DPO with beta {args.beta}, learning rate {learning_rate:g}, {len(batches)} steps of {args.batch_size} pairs")
     loss_fn = partial(compute_loss, beta=args.beta, label_smoothing=args.label_smoothing)
     train(run, policy, batches.__getitem__, len(batches), loss_fn, learning_rate, known_loss=math.log(2))
