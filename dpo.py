@@ -220,7 +220,7 @@ def start_run(args: Args) -> Run:
     if not next(path for path in (folder, *folder.absolute().parents) if path.exists()).is_dir():
         fail(f"--output-dir {folder} is, or is below, a file")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"--model-name-or-path {args.model_name_or_path}: {brief(error)}")
     if tokenizer.eos_token_id is None:
@@ -478,13 +478,13 @@ def cut_by_length(lengths: list[int], rows_each: int, tokens: int, rank: int = R
 def load_model(run: Run, path: str, dtype: torch.dtype) -> torch.nn.Module:
     """A causal language model without dropout."""
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         for part in (config, config.get_text_config()):
             rates = [name for name in vars(part) if "dropout" in name or name.endswith("pdrop")]
             vars(part).update({name: 0.0 for name in rates if isinstance(getattr(part, name), float)})
         options = {"attn_implementation": run.args.attn_implementation, "use_safetensors": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **options
+            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         fail(f"model {path}: {brief(error)}")
@@ -749,9 +749,9 @@ def generate(run: Run, prompts: list[list[int]], temperature: float, seed: int) 
 def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[str]) -> list[float]:
     """Scores that the reward model at path gives to the responses; it is in memory for the occasion only."""
     try:
-        options = {"dtype": run.dtype, "use_safetensors": True, "output_loading_info": True}
+        options = {"dtype": run.dtype, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         fail(f"judge {path}: {brief(error)}")
     if info["missing_keys"] or model.config.num_labels != 1:

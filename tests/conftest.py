@@ -1,0 +1,156 @@
+"""What the tests share. `python -m pytest` runs the fast tier, `python -m pytest -m slow` the other one."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+# Before transformers is imported: it reads these once. One thread, since tiny models gain nothing from more.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "toy"
+SCRIPTS = [name for name in "dpo ipo simpo pre_dpo spin oaif rlhf_ppo".split() if (ROOT / f"{name}.py").exists()]
+# For tests that cost seconds a script: dpo.py is in the fast tier, its siblings share its text and are in the slow one.
+SCRIPTS_BY_TIER = [pytest.param(name, marks=[pytest.mark.slow] if name != "dpo" else []) for name in SCRIPTS]
+
+SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+FAMILIES = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-untied": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 6}),
+    "granite": ("GraniteConfig", {"logits_scaling": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.7}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "gpt2": ("GPT2Config", {}),
+    "bert": ("BertConfig", {}),
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs of many seconds; `-m slow` selects them")
+    if config.args_source == config.ArgsSource.INVOCATION_DIR:
+        config.args = [str(ROOT / "tests")]
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The scripts set signal handlers: give pytest its own back."""
+    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in own.items():
+        signal.signal(number, handler)
+
+
+@cache
+def load_script(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(script, *flags, cwd=ROOT):
+    """A script in a process of its own."""
+    command = [sys.executable, str(script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_folder(folder):
+    """All files of a folder with their content."""
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def text_pairs(count):
+    """Pairs of strings, of different lengths."""
+    prompts = [f"Please review the {thing}{', and be brief' * (i % 3)}." for i, thing in enumerate(THINGS * count)][
+        :count
+    ]
+    good, bad = " I liked the {}. It was great, really great.", " The {} was bad."
+    return [
+        {"prompt": prompt, "chosen": good.format(thing) * (1 + i % 2), "rejected": bad.format(thing) * (1 + i % 4)}
+        for i, (prompt, thing) in enumerate(zip(prompts, THINGS * count, strict=False))
+    ]
+
+
+THINGS = ["hotel", "phone", "film", "museum", "restaurant", "camera", "soup", "book"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Makes folders with a small random model and the test bed's tokenizer: tiny_model(family, head, **config)."""
+    import torch
+    import transformers
+
+    @cache
+    def make(family="llama", head="CausalLM", **changes):
+        folder = tmp_path_factory.mktemp(f"{family}-{head}")
+        name, settings = FAMILIES[family]
+        tokens = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1, "initializer_range": 0.3}
+        config = getattr(transformers, name)(**SIZES | tokens | settings | changes)
+        torch.manual_seed(0)
+        model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+        with torch.no_grad():
+            for weight in model.parameters():  # so that norms and biases count too
+                weight.add_(0.1 * torch.randn_like(weight))
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(TOY / "policy").save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def tiny_copy(tiny_model, tmp_path):
+    """Makes a copy of a tiny model that a test may spoil."""
+
+    def make(*names, **changes):
+        return Path(shutil.copytree(tiny_model(*names, **changes), tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"))
+
+    return make
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a run as the scripts do, up to its policy: start(script, model, **flags) gives (run, policy)."""
+
+    def make(script, model, **flags):
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        flags = {"judge_name_or_path": None, "max_length": 512, "output_dir": str(folder)} | flags
+        run = script.start_run(script.Args(model_name_or_path=model, **flags))
+        return run, script.load_policy(run)
+
+    return make

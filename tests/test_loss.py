@@ -1,0 +1,113 @@
+"""The loss in closed form."""
+
+import math
+
+import pytest
+import torch
+from conftest import load_script
+
+dpo = load_script("dpo")
+
+
+def make_batch(count=5, seed=0, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    fields = {
+        name: torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20 for name in dpo.PairBatch._fields
+    }
+    fields["preference_prob"] = torch.ones(count, dtype=torch.float64)
+    return dpo.PairBatch(**fields | changes)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
+def test_loss_is_log_2_where_policy_and_reference_agree(prob, smoothing):
+    batch = make_batch(preference_prob=torch.full((5,), prob, dtype=torch.float64))
+    batch = batch._replace(ref_chosen_logps=batch.chosen_logps, ref_rejected_logps=batch.rejected_logps)
+    losses, metrics = dpo.compute_loss(batch, beta=0.7, label_smoothing=smoothing)
+    assert losses.shape == (5,)
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)))
+    for name in ("rewards/chosen", "rewards/rejected"):
+        assert metrics[name].abs().max() == 0
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5])
+def test_gradient_is_that_of_the_paper(beta):
+    """Section 4 of the paper: -beta sigma(r(y_l) - r(y_w)) [grad log pi(y_w|x) - grad log pi(y_l|x)]."""
+    batch = make_batch()
+    batch.chosen_logps.requires_grad_()
+    batch.rejected_logps.requires_grad_()
+    losses, metrics = dpo.compute_loss(batch, beta=beta, label_smoothing=0.0)
+    chosen_gradient, rejected_gradient = torch.autograd.grad(losses.sum(), [batch.chosen_logps, batch.rejected_logps])
+    chosen_rewards = beta * (batch.chosen_logps - batch.ref_chosen_logps).detach()
+    rejected_rewards = beta * (batch.rejected_logps - batch.ref_rejected_logps).detach()
+    weight = torch.sigmoid(rejected_rewards - chosen_rewards)
+    torch.testing.assert_close(chosen_gradient, -beta * weight)
+    torch.testing.assert_close(rejected_gradient, beta * weight)
+    torch.testing.assert_close(metrics["rewards/chosen"], chosen_rewards)
+    torch.testing.assert_close(metrics["rewards/rejected"], rejected_rewards)
+    torch.testing.assert_close(metrics["logps/chosen"], batch.chosen_logps.detach())
+    torch.testing.assert_close(metrics["logps/rejected"], batch.rejected_logps.detach())
+    assert not any(values.requires_grad for values in metrics.values())
+
+
+@pytest.mark.parametrize("smoothing", [0.05, 0.3])
+def test_conservative_gradient_vanishes_where_the_policy_is_as_sure_as_the_labels(smoothing):
+    """Mitchell 2023: at sigma(beta h) = 1 - epsilon; below it the margin grows, above it shrinks."""
+    beta, zeros = 0.2, torch.zeros(3, dtype=torch.float64)
+    stationary = math.log((1 - smoothing) / smoothing) / beta
+    chosen = torch.tensor([stationary - 1, stationary, stationary + 1], dtype=torch.float64, requires_grad=True)
+    batch = make_batch(3, chosen_logps=chosen, rejected_logps=zeros, ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+    losses, _ = dpo.compute_loss(batch, beta=beta, label_smoothing=smoothing)
+    (gradient,) = torch.autograd.grad(losses.sum(), chosen)
+    assert gradient[0] < -1e-4 and abs(gradient[1]) < 1e-12 and gradient[2] > 1e-4
+
+
+@pytest.mark.parametrize("prob, smoothing", [(1.0, 0.0), (1.0, 0.2), (0.7, 0.0), (0.7, 0.2), (0.0, 0.1)])
+def test_soft_labels_and_smoothing_mix_the_two_orders(prob, smoothing):
+    batch = make_batch(preference_prob=torch.full((5,), prob, dtype=torch.float64))
+    losses, _ = dpo.compute_loss(batch, beta=0.3, label_smoothing=smoothing)
+    ratios = [batch.chosen_logps - batch.ref_chosen_logps, batch.rejected_logps - batch.ref_rejected_logps]
+    h = ratios[0] - ratios[1]
+    p = prob * (1 - smoothing) + (1 - prob) * smoothing
+    forth, back = (1 + (-0.3 * h).exp()).log(), (1 + (0.3 * h).exp()).log()
+    torch.testing.assert_close(losses, p * forth + (1 - p) * back)
+
+
+def test_loss_is_finite_far_from_the_reference():
+    far = torch.tensor([-1e5, 1e5], dtype=torch.float64)
+    losses, _ = dpo.compute_loss(make_batch(2, chosen_logps=far), beta=1.0, label_smoothing=0.1)
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_minimiser_on_a_bandit_is_the_tilted_reference(beta):
+    """With all pairs labelled by Bradley-Terry from a reward r, DPO's optimum is pi(y) ~ pi_ref(y) exp(r(y) / beta)."""
+    generator = torch.Generator().manual_seed(0)
+    reward = torch.rand(6, generator=generator, dtype=torch.float64) * 4 * beta
+    reference = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(-1)
+    first, second = torch.combinations(torch.arange(6)).T
+    first, second = torch.cat([first, second]), torch.cat([second, first])
+    theta = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        policy = theta.log_softmax(-1)
+        batch = make_batch(
+            len(first),
+            chosen_logps=policy[first],
+            rejected_logps=policy[second],
+            ref_chosen_logps=reference[first],
+            ref_rejected_logps=reference[second],
+            preference_prob=torch.sigmoid(reward[first] - reward[second]),
+        )
+        loss = dpo.compute_loss(batch, beta=beta, label_smoothing=0.0)[0].mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = (reference + reward / beta).softmax(-1)
+    assert (expected - reference.exp()).abs().max() > 0.1  # or there is nothing to find
+    torch.testing.assert_close(theta.softmax(-1).detach(), expected, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,81 @@
+"""Memory: of a model of real size, and from step to step."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import SCRIPTS, TOY, write_rows
+from test_durable import finish, new_folder
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc"),
+]
+
+# The shape of SmolLM2-135M.
+SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SHAPE |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048}
+
+# The peak of the process itself: getrusage counts that of the process which started it, too.
+PEAK = """
+import atexit
+atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text()))
+"""
+EACH_STEP = """
+def note(*args, **options):
+    print("resident", int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+at(script, "log", 0, note)
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    folder = new_folder()
+    config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(TOY / "policy").save_pretrained(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def text_of(tokens):
+    """Text of a number of tokens, with its end."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOY / "policy")
+    text = " the" * (tokens - 1)
+    assert len(tokenizer(text).input_ids) == tokens - 1
+    return text
+
+
+@pytest.mark.parametrize("flag, limit", [("--no-gradient-checkpointing", 4.8e9), ("--gradient-checkpointing", 3.5e9)])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_peak_of_a_model_of_real_size(name, flag, limit, model):
+    folder = new_folder()
+    pair = {"prompt": text_of(65), "chosen": " A" + text_of(447), "rejected": " I" + text_of(447)}
+    write_rows(folder.parent / "data" / "train.jsonl", [pair])
+    write_rows(folder.parent / "data" / "test.jsonl", [{"prompt": " A", "chosen": " A", "rejected": " I"}])
+    flags = ["--model-name-or-path", model, "--dataset-name", folder.parent / "data", "--judge-name-or-path", None]
+    flags += ["--batch-size", 1, "--micro-batch-tokens", 1024, "--save-steps", 1, "--max-new-tokens", 2, flag]
+    ended = finish(name, folder, *flags, patch=PEAK)
+    assert "512" in re.search("longer row.*", ended.stdout)[0]
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", ended.stdout)[1]) * 1024
+    print(f"peak: {peak / 1e9:.2f} GB")
+    assert peak < limit
+    shutil.rmtree(folder)  # gigabytes
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", 4]], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_grows(name, flags):
+    """30 steps with the same pairs, with evaluations and checkpoints."""
+    folder = new_folder()
+    pair = {"prompt": text_of(9), "chosen": " A" + text_of(40), "rejected": " I" + text_of(40)}
+    write_rows(folder.parent / "data" / "train.jsonl", [pair] * 8)
+    write_rows(folder.parent / "data" / "test.jsonl", [pair] * 2)
+    flags = [*flags, "--dataset-name", folder.parent / "data", "--num-train-epochs", 30]
+    ended = finish(name, folder, *flags, "--save-steps", 3, patch=EACH_STEP)
+    resident = list(map(int, re.findall(r"resident (\d+)", ended.stdout)))
+    print([round(size / 1e6) for size in resident])
+    assert len(resident) == 31
+    assert max(resident[20:]) < max(resident[5:15]) + 10e6
