@@ -38,6 +38,7 @@ from transformers import (
 SEED = 1
 VOCAB_SIZE = 600
 TRAIN_PAIRS, TEST_PAIRS = 4000, 1024
+SAMPLES = 4  # of each prompt, of which the best and the worst make a pair
 AGREEMENT = 0.76  # how often a label agrees with the judge: sets the scale of the Bradley-Terry model
 
 ANNOTATOR_PROMPT = (
@@ -731,18 +732,18 @@ def build_pairs(folder):
         asked = list(REQUESTS_OF[split])
         rng.shuffle(asked)
         asked = [request for _, request in asked]
-        first = sample(policy, tokenizer, asked, 300)
-        second = sample(policy, tokenizer, asked, 301)
+        samples = [sample(policy, tokenizer, asked, 300 + i) for i in range(SAMPLES)]
         pairs = []
-        for request, *answers in zip(asked, first, second, strict=True):
+        for request, *answers in zip(asked, *samples, strict=True):
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
             whole = [encode(tokenizer, text + "<|end|>") == ids for text, ids in zip(texts, answers, strict=True)]
-            if all(whole) and all(texts) and texts[0] != texts[1]:
-                pairs.append((request, texts, answers))
+            if all(whole) and all(texts) and len(set(texts)) > 1:
+                rows = [encode_prompt(tokenizer, request) + ids for ids in answers]
+                ranked = sorted(zip(judge_scores(judge, tokenizer, rows).tolist(), texts, strict=True))
+                pairs.append((request, [ranked[-1][1], ranked[0][1]], ranked[-1][0] - ranked[0][0]))
         assert len(pairs) >= count, (split, len(pairs))
         pairs = pairs[:count]
-        rows = [encode_prompt(tokenizer, request) + ids for request, _, answers in pairs for ids in answers]
-        margins = judge_scores(judge, tokenizer, rows).view(-1, 2).diff(dim=1)[:, 0].neg()  # first minus second
+        margins = torch.tensor([margin for _, _, margin in pairs])
         if scale is None:
             low, high = 0.0, 100.0
             for _ in range(50):
@@ -750,11 +751,11 @@ def build_pairs(folder):
                 too_low = torch.sigmoid(scale * margins.abs()).mean() < AGREEMENT
                 low, high = (scale, high) if too_low else (low, scale)
         with open(folder / f"{split}.jsonl", "w") as f:
-            for (request, texts, _), margin in zip(pairs, margins.tolist(), strict=True):
+            for request, texts, margin in pairs:
                 first_wins = rng.random() < 1 / (1 + math.exp(-scale * margin))
                 chosen, rejected = texts if first_wins else texts[::-1]
                 row = {"prompt": user(request), "chosen": assistant(chosen), "rejected": assistant(rejected)}
-                f.write(json.dumps(row | {"label_flipped": first_wins != (margin > 0)}) + "\n")
+                f.write(json.dumps(row | {"label_flipped": not first_wins}) + "\n")
     print(f"Bradley-Terry scale: {scale:.3f}")
 
 
