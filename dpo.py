@@ -752,7 +752,7 @@ def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[
         options = {"dtype": run.dtype, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         fail(f"judge {path}: {brief(error)}")
     if info["missing_keys"] or model.config.num_labels != 1:
         why = "has no score head" if info["missing_keys"] else f"has {model.config.num_labels} outputs"
