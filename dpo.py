@@ -980,9 +980,10 @@ def finish_run(run: Run, policy: torch.nn.Module) -> None:
         texts = [[row["response"] for row in rows] for rows in samples]
         for prompt, before, after in list(zip(prompts, *texts, strict=True))[:3]:
             say(f"\nprompt: {prompt}\nbefore: {before}\nafter:  {after}")
-        first, last = (read_rows(run.folder / "metrics.jsonl", step)[0] for step in (0, run.step))
+        rows = [read_rows(run.folder / "metrics.jsonl", step) for step in (0, run.step)]
+        first, last = ({name: value for row in part for name, value in row.items()} for part in rows)
         say(f"\n{'':24}{'initial':>10}{'final':>10}")
-        for name in (name for name in last if name.startswith("eval/")):
+        for name in (name for name in last if name.startswith("eval/") and name in first):
             say(f"{name.removeprefix('eval/'):24}{first[name]:10.4f}{last[name]:10.4f}")
         if run.tracker:
             import wandb

@@ -105,6 +105,34 @@ def text_pairs(count):
     ]
 
 
+def make_batch(count=5, seed=0, **changes):
+    """A PairBatch of random numbers in float64."""
+    import torch
+
+    fields, generator = load_script("dpo").PairBatch._fields, torch.Generator().manual_seed(seed)
+    values = {name: torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20 for name in fields}
+    values["preference_prob"] = torch.ones(count, dtype=torch.float64)
+    return load_script("dpo").PairBatch(**values | changes)
+
+
+def minimise(loss, size):
+    """Where a convex function of a vector has its minimum; it starts at 0."""
+    import torch
+
+    theta = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    settings = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([theta], **settings)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(theta)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return theta.detach()
+
+
 THINGS = ["hotel", "phone", "film", "museum", "restaurant", "camera", "soup", "book"]
 
 

@@ -160,44 +160,40 @@ def test_kill_in_the_second_epoch(name):
     assert_same(folder, whole_run(name))
 
 
+HALF = """
+def half(tensors, file):
+    save_file(tensors, file)
+    os.truncate(file, os.path.getsize(file) // 2)
+    kill()
+"""
+# What kills the run, time after time, and the checkpoints that are there then.
 KILLS = {
     "before the first checkpoint": [
-        'at(script, "open_folder", 1, kill)',
-        'at(script, "evaluate", 1, kill)',
-        'at(script, "append_rows", 1, kill, about="metrics.jsonl")',
-        'at(optimisation, "clip_grad_norm_", 2, kill)',
+        ('at(script, "open_folder", 1, kill)', []),
+        ('at(script, "evaluate", 1, kill)', []),
+        ('at(script, "append_rows", 1, kill, about="metrics.jsonl")', []),
+        ('at(optimisation, "clip_grad_norm_", 2, kill)', []),
     ],
     "while a checkpoint is written": [
-        # half of the first one
-        """
-def half(tensors, file):
-    save_file(tensors, file)
-    os.truncate(file, os.path.getsize(file) // 2)
-    kill()
-at(script, "save_file", 1, half, about="unfinished")
-""",
-        # all of it, but not in its place
-        'at(script.os, "replace", 1, kill, about="unfinished")',
-        # the first in its place; half of the second
-        """
-def half(tensors, file):
-    save_file(tensors, file)
-    os.truncate(file, os.path.getsize(file) // 2)
-    kill()
-at(script, "save_file", 2, half, about="unfinished")
-""",
-        # the second in its place, the first half deleted
-        """
+        (HALF + 'at(script, "save_file", 1, half, about="unfinished")', []),
+        ('at(script.os, "replace", 1, kill, about="unfinished")', []),
+        (HALF + 'at(script, "save_file", 2, half, about="unfinished")', ["checkpoint-2"]),
+        # The second is in its place, and the first is on its way out.
+        (
+            """
 def half(folder, **options):
     if len(list(pathlib.Path(folder).parent.glob("checkpoint-*"))) == 2:
         (pathlib.Path(folder) / "tensors.safetensors").unlink()
         kill()
 at(script.shutil, "rmtree", 0, half, about="checkpoint-")
 """,
+            ["checkpoint-2", "checkpoint-4"],
+        ),
     ],
     "while rows are written and at the end": [
-        # step 3 comes after a checkpoint and has an evaluation
-        """
+        # Step 3 comes after a checkpoint and has an evaluation.
+        (
+            """
 def torn(file, rows):
     if rows[-1]["step"] == 3:
         text = script.json.dumps(rows[0]) + "\\n" + script.json.dumps(rows[-1])
@@ -205,15 +201,20 @@ def torn(file, rows):
         kill()
 at(script, "append_rows", 0, torn, about="samples.jsonl")
 """,
-        """
+            ["checkpoint-2"],
+        ),
+        (
+            """
 def torn(file, rows):
     if rows[-1]["step"] == 3:
         file.open("a").write(script.json.dumps(rows[-1])[:100])
         kill()
 at(script, "append_rows", 0, torn, about="metrics.jsonl")
 """,
-        'at(script, "save_model", 1, kill)',
-        'at(script, "replace_file", 1, kill, about="model_outputs.json")',
+            ["checkpoint-2"],
+        ),
+        ('at(script, "save_model", 1, kill)', ["checkpoint-6"]),
+        ('at(script, "replace_file", 1, kill, about="model_outputs.json")', ["checkpoint-6"]),
     ],
 }
 
@@ -223,9 +224,10 @@ at(script, "append_rows", 0, torn, about="metrics.jsonl")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_kill_again_and_again(name, when):
     folder, flags = new_folder(), ["--resume", "--save-steps", "2"]
-    for patch in KILLS[when]:
+    for patch, kept in KILLS[when]:
         killed = run(name, folder, *flags, patch=patch)
         assert killed.returncode == -signal.SIGKILL, (patch, killed.stderr)
+        assert checkpoints(folder) == kept, patch
     finish(name, folder, *flags)
     assert_same(folder, whole_run(name))
 

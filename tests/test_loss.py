@@ -1,21 +1,12 @@
-"""The loss in closed form."""
+"""The loss of DPO in closed form, and what all the losses of pairs have in common."""
 
 import math
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import SCRIPTS, load_script, make_batch, minimise
 
 dpo = load_script("dpo")
-
-
-def make_batch(count=5, seed=0, **changes):
-    generator = torch.Generator().manual_seed(seed)
-    fields = {
-        name: torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20 for name in dpo.PairBatch._fields
-    }
-    fields["preference_prob"] = torch.ones(count, dtype=torch.float64)
-    return dpo.PairBatch(**fields | changes)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -87,13 +78,8 @@ def test_minimiser_on_a_bandit_is_the_tilted_reference(beta):
     reference = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(-1)
     first, second = torch.combinations(torch.arange(6)).T
     first, second = torch.cat([first, second]), torch.cat([second, first])
-    theta = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
 
-    def closure():
-        optimizer.zero_grad()
+    def loss(theta):
         policy = theta.log_softmax(-1)
         batch = make_batch(
             len(first),
@@ -103,11 +89,45 @@ def test_minimiser_on_a_bandit_is_the_tilted_reference(beta):
             ref_rejected_logps=reference[second],
             preference_prob=torch.sigmoid(reward[first] - reward[second]),
         )
-        loss = dpo.compute_loss(batch, beta=beta, label_smoothing=0.0)[0].mean()
-        loss.backward()
-        return loss
+        return dpo.compute_loss(batch, beta=beta, label_smoothing=0.0)[0].mean()
 
-    optimizer.step(closure)
     expected = (reference + reward / beta).softmax(-1)
     assert (expected - reference.exp()).abs().max() > 0.1  # or there is nothing to find
-    torch.testing.assert_close(theta.softmax(-1).detach(), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(minimise(loss, 6).softmax(-1), expected, rtol=1e-6, atol=1e-8)
+
+
+# === All losses of pairs ===
+
+LOSSES = {
+    "dpo": ("dpo", "compute_loss", {"beta": 0.1}),
+    "ipo": ("ipo", "compute_loss", {"beta": 0.1, "length_normalize": False}),
+    "ipo, length-normalised": ("ipo", "compute_loss", {"beta": 0.1, "length_normalize": True}),
+    "simpo": ("simpo", "compute_loss", {"beta": 2.5, "gamma_beta_ratio": 0.5}),
+    "pre_dpo": ("pre_dpo", "compute_loss", {"beta": 0.1}),
+    "pre_dpo, guide": ("pre_dpo", "compute_simpo_loss", {"beta": 2.5, "gamma_beta_ratio": 0.5}),
+}
+LOSSES = {name: loss for name, loss in LOSSES.items() if loss[0] in SCRIPTS}
+
+
+@pytest.mark.parametrize("prob, smoothing", [(1.0, 0.0), (1.0, 0.2), (0.7, 0.0), (0.7, 0.2), (0.0, 0.0), (0.5, 0.1)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_soft_labels_mix_the_loss_of_a_pair_and_of_the_pair_exchanged(name, prob, smoothing):
+    script, function, options = LOSSES[name]
+    compute_loss = getattr(load_script(script), function)
+    lengths = {"chosen_lengths": torch.tensor([3.0, 1, 4, 1, 5]), "rejected_lengths": torch.tensor([2.0, 7, 1, 8, 2])}
+    batch = make_batch(**lengths)
+    exchanged = batch._replace(
+        chosen_logps=batch.rejected_logps,
+        rejected_logps=batch.chosen_logps,
+        ref_chosen_logps=batch.ref_rejected_logps,
+        ref_rejected_logps=batch.ref_chosen_logps,
+        chosen_lengths=batch.rejected_lengths,
+        rejected_lengths=batch.chosen_lengths,
+    )
+    forth, back = (compute_loss(b, **options, label_smoothing=0.0)[0] for b in (batch, exchanged))
+    assert not torch.allclose(forth, back)
+    p = prob * (1 - smoothing) + (1 - prob) * smoothing
+    soft = batch._replace(preference_prob=torch.full((5,), prob, dtype=torch.float64))
+    losses, metrics = compute_loss(soft, **options, label_smoothing=smoothing)
+    torch.testing.assert_close(losses, p * forth + (1 - p) * back)
+    assert losses.shape == (5,) and not any(values.requires_grad for values in metrics.values())

@@ -1,4 +1,4 @@
-"""Three optimiser steps of DPO against those of TRL's DPOTrainer; skipped where TRL is not installed."""
+"""Three optimiser steps against those of TRL's trainers; skipped where TRL is not installed."""
 
 import json
 
@@ -11,27 +11,38 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 dpo = load_script("dpo")
 
-SAME = {"train/loss": "loss", "train/grad_norm": "grad_norm", "train/learning_rate": "learning_rate"}
-for metric in (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-):
-    SAME[f"train/{metric}"] = metric
+METRICS = (
+    "loss grad_norm rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+)
+COMMON = {
+    "max_length": 512,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch_fused",
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "train_sampling_strategy": "sequential",
+    "dataloader_pin_memory": False,
+}
 
 
-def run_ours(path, rows, folder, **flags):
+def run_ours(name, path, rows, folder, **flags):
     """The logged rows, and the rows of data in the order in which they were trained on."""
     for split in ("train", "test"):
         write_rows(folder / "data" / f"{split}.jsonl", rows)
-    args = dpo.Args(
+    script = load_script(name)
+    args = script.Args(
         model_name_or_path=path,
         dataset_name=str(folder / "data"),
         judge_name_or_path=None,
-        output_dir=str(folder / "run"),
+        output_dir=str(folder / name),
         lr_scheduler_type="constant",
         num_train_epochs=3,
         max_steps=3,
@@ -39,47 +50,45 @@ def run_ours(path, rows, folder, **flags):
         max_length=512,
         **flags,
     )
-    dpo.main(args)
-    order = [row for batch in dpo.plan_batches(args, rows) for row in batch]
-    return [row for row in read_rows(folder / "run" / "metrics.jsonl") if row["step"] > 0], order
+    script.main(args)
+    order = [row for batch in script.plan_batches(args, rows) for row in batch]
+    return [row for row in read_rows(folder / name / "metrics.jsonl") if "train/loss" in row], order
 
 
-def run_theirs(path, rows, folder, batch_size, learning_rate, beta):
-    config = trl.DPOConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=batch_size,
-        max_length=512,
-        beta=beta,
-        loss_type=["sigmoid"],
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        max_steps=3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=False,
-    )
+def run_theirs(trainer_class, config, path, rows, reference=None):
+    """The trainer after its three steps, and the logged rows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    data = datasets.Dataset.from_list(rows)
-    trainer = trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    options = {"args": config, "processing_class": transformers.AutoTokenizer.from_pretrained(path)}
+    if reference:
+        options["ref_model"] = transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+    trainer = trainer_class(model, train_dataset=datasets.Dataset.from_list(rows), **options)
     trainer.train()
     return trainer, [row for row in trainer.state.log_history if "loss" in row]
 
 
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        for name in METRICS:
+            assert a[f"train/{name}"] == pytest.approx(float(b[name]), rel=1e-4, abs=1e-6), (name, json.dumps(b))
+    assert ours[0]["train/loss"] - ours[2]["train/loss"] > 0.01
+
+
+def settings(batch_size, folder, learning_rate=1e-3, **own):
+    """Our flags, and TRL's options for the same."""
+    ours = {"batch_size": batch_size, "learning_rate": learning_rate}
+    return ours, COMMON | own | {
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "output_dir": str(folder / "trl"),
+    }
+
+
 @pytest.mark.parametrize("batch_size", [8, 4])
-def test_three_steps_equal_those_of_trl(tiny_model, tmp_path, batch_size):
-    path, settings = tiny_model(), {"batch_size": batch_size, "learning_rate": 1e-3, "beta": 0.1}
-    ours, order = run_ours(path, text_pairs(8), tmp_path, **settings)
-    trainer, theirs = run_theirs(path, order, tmp_path, **settings)
+def test_dpo(tiny_model, tmp_path, batch_size):
+    path, (flags, options) = tiny_model(), settings(batch_size, tmp_path, beta=0.1, loss_type=["sigmoid"])
+    ours, order = run_ours("dpo", path, text_pairs(8), tmp_path, beta=0.1, **flags)
+    trainer, theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order)
 
     run = dpo.Run(dpo.Args(), tmp_path, torch.device("cpu"), torch.float32, 2048, trainer.processing_class, [0])
     pairs = dpo.encode_rows(run, order, "rows")
@@ -89,9 +98,29 @@ def test_three_steps_equal_those_of_trl(tiny_model, tmp_path, batch_size):
             row["chosen_ids"],
             row["rejected_ids"],
         )
+    assert_equal(ours, theirs)
 
-    assert len(ours) == len(theirs) == 3
-    for a, b in zip(ours, theirs, strict=True):
-        for name, their_name in SAME.items():
-            assert a[name] == pytest.approx(float(b[their_name]), rel=1e-4, abs=1e-6), (name, json.dumps(b))
-    assert ours[0]["train/loss"] - ours[2]["train/loss"] > 0.01
+
+def test_ipo(tiny_model, tmp_path):
+    """Whose loss is on log-ratios divided by lengths."""
+    path, (flags, options) = tiny_model(), settings(4, tmp_path, beta=0.4, loss_type=["ipo"])
+    ours, order = run_ours("ipo", path, text_pairs(8), tmp_path, beta=0.4, length_normalize=True, **flags)
+    assert_equal(ours, run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order)[1])
+
+
+def test_simpo(tiny_model, tmp_path):
+    """simpo_gamma is gamma, not gamma / beta."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    own = {"beta": 2.5, "loss_type": "simpo", "simpo_gamma": 1.375, "cpo_alpha": 0.0}
+    path, (flags, options) = tiny_model(), settings(4, tmp_path, **own)
+    ours, order = run_ours("simpo", path, text_pairs(8), tmp_path, beta=2.5, gamma_beta_ratio=0.55, **flags)
+    assert_equal(ours, run_theirs(CPOTrainer, CPOConfig(**options), path, order)[1])
+
+
+def test_stage_2_of_pre_dpo(tiny_model, tmp_path):
+    path, (flags, options) = tiny_model(), settings(4, tmp_path, beta=0.2, loss_type=["sigmoid"])
+    ours, order = run_ours("pre_dpo", path, text_pairs(8), tmp_path, beta=0.2, **flags)
+    theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order, tmp_path / "pre_dpo" / "guide")[1]
+    assert len(ours) == 6 and abs(ours[3]["train/loss"] - 0.6931) > 0.01
+    assert_equal(ours[3:], theirs)
