@@ -177,6 +177,7 @@ class Run:
     eval_prompts: list = field(default_factory=list)  # (prompt as read, its token ids)
     checkpoint: Path | None = None  # to go on from
     tracker: Any = None  # of Weights & Biases
+    method_metrics: dict[str, float] = field(default_factory=dict)  # of the method alone, for the next logged row
     epoch_pairs: int = 1
     step: int = 0
     pairs: int = 0
@@ -396,47 +397,54 @@ def encode_rows(run: Run, rows: list[dict], source: str, first_row: int = 0) -> 
         texts += render(tokenizer, *parts)
         pairs.append(Pair(number, parts[0], [], [], [], prob))
     ids = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    kept, equal, cut = [], 0, 0
+    kept, cut = [], 0
     for pair, prompt_ids, *completions in zip(pairs, ids[::3], ids[1::3], ids[2::3], strict=True):
         for i, tokens in enumerate(completions):  # a completion ends with its first stop token, as a sampled one does
             stop = next((k for k, token in enumerate(tokens) if token in run.stop_ids), len(tokens))
             completions[i] = tokens[:stop] + (tokens[stop : stop + 1] or [tokenizer.eos_token_id])
         room = limit - len(prompt_ids)
         long = max(map(len, completions)) > room
-        if completions[0] == completions[1]:
-            equal += 1
-        elif not long or (run.args.overlong == "truncate" and room > 0):
+        if not long or (run.args.overlong == "truncate" and room > 0):
             pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = prompt_ids, *(c[:room] for c in completions)
             kept.append(pair)
             cut += long
-    long = len(rows) - len(kept) - equal
-    say(f"{source}: {len(rows)} rows, dropped {equal} with chosen = rejected, {long} over {limit} tokens; {cut} cut")
+    say(f"{source}: {len(rows)} rows, {len(rows) - len(kept)} dropped and {cut} cut for having over {limit} tokens")
     return kept
 
 
-def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
-    """Training and test pairs of --dataset-name."""
-    args = run.args
+def read_splits(args: Args) -> tuple[list[dict], list[dict], int]:
+    """Rows of --dataset-name to train on, rows to test on, and the number of the first of the latter."""
     train_rows = read_split(args, args.dataset_train_split)
     if train_rows is None:
         fail(f"--dataset-name {args.dataset_name} has no split {args.dataset_train_split!r}: see --dataset-train-split")
-    same = args.dataset_test_split == args.dataset_train_split
-    test_rows = train_rows if same else read_split(args, args.dataset_test_split)
-    kept = 0
-    if test_rows is None:
-        kept = len(train_rows) - min(512, max(1, len(train_rows) // 10))
-        train_rows, test_rows = train_rows[:kept], train_rows[kept:]
-    train_pairs = encode_rows(run, train_rows, f"{args.dataset_name} for training")
-    test_pairs = encode_rows(run, test_rows, f"{args.dataset_name} for testing", kept)[: args.num_eval_prompts]
+    if args.dataset_test_split == args.dataset_train_split:
+        return train_rows, train_rows, 0
+    test_rows = read_split(args, args.dataset_test_split)
+    if test_rows is not None:
+        return train_rows, test_rows, 0
+    kept = len(train_rows) - min(512, max(1, len(train_rows) // 10))
+    return train_rows[:kept], train_rows[kept:], kept
+
+
+def load_pairs(
+    run: Run, train_rows: list[dict], test_rows: list[dict], first_test_row: int
+) -> tuple[list[Pair], list[Pair]]:
+    """Training and test pairs."""
+    name = run.args.dataset_name
+    pairs = [encode_rows(run, train_rows, f"{name} for training")]
+    pairs += [encode_rows(run, test_rows, f"{name} for testing", first_test_row)]
+    train_pairs, test_pairs = ([pair for pair in part if pair.chosen_ids != pair.rejected_ids] for part in pairs)
+    if equal := sum(map(len, pairs)) - len(train_pairs) - len(test_pairs):
+        say(f"  {equal} dropped for having chosen = rejected")
     if not train_pairs or not test_pairs:
-        fail(f"--dataset-name {args.dataset_name}: no pair is left to {'test' if train_pairs else 'train'} on")
+        fail(f"--dataset-name {name}: no pair is left to {'test' if train_pairs else 'train'} on")
     lengths = sorted(map(len, train_pairs))
     half, most, all_of_them = (lengths[len(lengths) * share // 101] for share in (50, 95, 100))
     say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {all_of_them}")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         text = run.tokenizer.decode(getattr(train_pairs[0], name))
         say(f"  the first pair's {name}: {text if len(text) <= 400 else f'{text[:300]} [...] {text[-60:]}'!r}")
-    return train_pairs, test_pairs
+    return train_pairs, test_pairs[: run.args.num_eval_prompts]
 
 
 def load_eval_prompts(run: Run, test_pairs: list[Pair]) -> list[tuple[str | list[dict], list[int]]]:
@@ -640,11 +648,12 @@ def score_pairs(run: Run, model: torch.nn.Module, pairs: list[Pair], loss_fn: Ca
         # FSDP wants all processes in every pass: one that has no micro-batch left takes a pair that counts for nothing.
         group = groups[k] if k < len(groups) else []
         batch = [pairs[i] for i in group or [0]]
-        completions = [pair.chosen_ids for pair in batch] + [pair.rejected_ids for pair in batch]
-        logps = sequence_logps(model, [pair.prompt_ids for pair in batch] * 2, completions)
+        prompts = [pair.prompt_ids for pair in batch]  # apart, as chosen and rejected often differ much in length
+        chosen_logps = sequence_logps(model, prompts, [pair.chosen_ids for pair in batch])
+        rejected_logps = sequence_logps(model, prompts, [pair.rejected_ids for pair in batch])
         known = [(p.ref_chosen_logps, p.ref_rejected_logps, len(p.chosen_ids), len(p.rejected_ids)) for p in batch]
         known = [(*numbers, pair.preference_prob) for numbers, pair in zip(known, batch, strict=True)]
-        losses, metrics = loss_fn(PairBatch(*logps.chunk(2), *torch.tensor(known).T.to(logps.device)))
+        losses, metrics = loss_fn(PairBatch(chosen_logps, rejected_logps, *torch.tensor(known).T.to(run.device)))
         if torch.is_grad_enabled():
             weight = WORLD_SIZE / len(pairs) if group else 0.0  # FSDP averages gradients over the devices
             (losses.sum() * weight).backward()
@@ -750,8 +759,8 @@ def load_guide(run: Run, path: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def log_weights(run: Run, pairs: list[Pair], loss_fn: Callable) -> None:
-    """Log the weights that pairs have at the start of stage 2: mean, quantiles and histogram.
+def measure_weights(run: Run, pairs: list[Pair], loss_fn: Callable) -> None:
+    """Mean, quantiles and histogram of the weights that pairs have at the start of stage 2, for the next logged row.
 
     method/weight_auc is how often a pair with a true label has a larger weight than one with a flipped label, where the
     data have a column label_flipped.
@@ -771,9 +780,7 @@ def log_weights(run: Run, pairs: list[Pair], loss_fn: Callable) -> None:
         auc = f", larger for a true than for a flipped label in {metrics['method/weight_auc']:.3f} of the cases"
     low, half, high = (metrics[f"method/weight_q{q}"] for q in ("05", "50", "95"))
     say(f"weights of the pairs: 5 % below {low:.3f}, half below {half:.3f}, 95 % below {high:.3f}{auc}")
-    file = run.folder / "metrics.jsonl"  # which a resumed run has written to before
-    if not file.exists() or not any("method/weight_mean" in row for row in read_rows(file, run.step)):
-        log(run, metrics)
+    run.method_metrics |= metrics
 
 
 # endregion
@@ -824,9 +831,8 @@ def generate(run: Run, prompts: list[list[int]], temperature: float, seed: int) 
     return gather(completions, len(prompts))
 
 
-@torch.no_grad()
-def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[str]) -> list[float]:
-    """Scores that the reward model at path gives to the responses; it is in memory for the occasion only."""
+def load_judge(run: Run, path: str) -> tuple[torch.nn.Module, Any]:
+    """A reward model and its tokenizer."""
     try:
         options = {"dtype": run.dtype, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, **options)
@@ -836,7 +842,15 @@ def judge(run: Run, path: str, prompts: list[str | list[dict]], responses: list[
     if info["missing_keys"] or model.config.num_labels != 1:
         why = "has no score head" if info["missing_keys"] else f"has {model.config.num_labels} outputs"
         fail(f"judge {path} {why}: a sequence classifier with one output is needed")
-    model, rows, scores = model.to(run.device).eval(), [], {}
+    return model.to(run.device).eval(), tokenizer
+
+
+@torch.no_grad()
+def judge(
+    run: Run, model: torch.nn.Module, tokenizer: Any, prompts: list[str | list[dict]], responses: list[str]
+) -> list[float]:
+    """Scores that a reward model gives to the responses."""
+    rows, scores = [], {}
     for prompt, response in zip(prompts, responses, strict=True):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if tokenizer.chat_template:
@@ -877,7 +891,7 @@ def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, 
         del initial
     texts = [run.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
     path = run.args.judge_name_or_path
-    scores = judge(run, path, prompts, texts) if path else [None] * len(texts)
+    scores = judge(run, *load_judge(run, path), prompts, texts) if path else [None] * len(texts)
     rows = [
         {"step": run.step, "prompt": prompt, "response": text, "score": points, "logratio": logratio}
         | {"length": len(response), "ended": response[-1] in run.stop_ids}
@@ -919,10 +933,12 @@ def replace_file(file: Path, text: str) -> None:
 
 def log(run: Run, metrics: dict[str, float]) -> None:
     """Write the row of the present step."""
+    row = {"step": run.step, **metrics, **run.method_metrics}
+    run.method_metrics = {}
     if RANK == 0:
-        append_rows(run.folder / "metrics.jsonl", [{"step": run.step, **metrics}])
+        append_rows(run.folder / "metrics.jsonl", [row])
     if run.tracker:
-        run.tracker.log({"step": run.step, **metrics})
+        run.tracker.log(row)
     shown = ("loss", "rewards/accuracies", "judge_score", "win_rate", "kl", "response_length", "eos_rate")
     values = [f"{name} {metrics[f'eval/{name}']:.3f}" for name in shown if f"eval/{name}" in metrics]
     if values:
@@ -970,21 +986,19 @@ def take_up(run: Run) -> None:
     if (run.folder / "model_outputs.json").exists():
         say(f"the run in {run.folder} is finished")
         sys.exit(0)
-    last = -1
+    last, sizes = -1, {}
     for folder in run.folder.glob("checkpoint-*"):
         try:
             with safe_open(folder / "tensors.safetensors", "pt"):
-                step = json.loads((folder / "counters.json").read_text())["step"]
+                counters = json.loads((folder / "counters.json").read_text())
         except (OSError, ValueError, SafetensorError) as error:
             say(f"{folder} is damaged and not used: {error}")
             continue
-        if step > last:
-            run.checkpoint, last = folder, step
+        if counters["step"] > last:
+            run.checkpoint, last, sizes = folder, counters["step"], counters["sizes"]
     say(f"going on with the run in {run.folder} {f'after step {last}' if last > 0 else 'from its start'}")
-    for file in (run.folder / "metrics.jsonl", run.folder / "samples.jsonl"):
-        if RANK == 0 and file.exists():
-            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            replace_file(file, "".join(line for line in lines if json.loads(line)["step"] <= last))
+    for file in run.folder.glob("*.jsonl") if RANK == 0 else []:
+        os.truncate(file, sizes.get(file.name, 0))
     barrier()
 
 
@@ -1015,7 +1029,8 @@ def save_checkpoint(run: Run, modules: dict[str, torch.nn.Module], optimizer: to
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         save_file(tensors, unfinished / "tensors.safetensors")
-        counters = {"step": run.step, "pairs": run.pairs, "seconds": run.seconds}
+        sizes = {file.name: file.stat().st_size for file in run.folder.glob("*.jsonl")}
+        counters = {"step": run.step, "pairs": run.pairs, "seconds": run.seconds, "sizes": sizes}
         (unfinished / "counters.json").write_text(json.dumps(counters))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
@@ -1059,8 +1074,7 @@ def finish_run(run: Run, policy: torch.nn.Module) -> None:
         texts = [[row["response"] for row in rows] for rows in samples]
         for prompt, before, after in list(zip(prompts, *texts, strict=True))[:3]:
             say(f"\nprompt: {prompt}\nbefore: {before}\nafter:  {after}")
-        rows = [read_rows(run.folder / "metrics.jsonl", step) for step in (0, run.step)]
-        first, last = ({name: value for row in part for name, value in row.items()} for part in rows)
+        first, last = (read_rows(run.folder / "metrics.jsonl", step)[0] for step in (0, run.step))
         say(f"\n{'':24}{'initial':>10}{'final':>10}")
         for name in (name for name in last if name.startswith("eval/") and name in first):
             say(f"{name.removeprefix('eval/'):24}{first[name]:10.4f}{last[name]:10.4f}")
@@ -1200,9 +1214,9 @@ def train(
 def main(args: Args) -> None:
     run = start_run(args)
     policy = load_policy(run)
-    train_pairs, run.test_pairs = load_pairs(run)
-    run.eval_prompts, run.epoch_pairs = load_eval_prompts(run, run.test_pairs), len(train_pairs)
     # region method: procedure
+    train_pairs, run.test_pairs = load_pairs(run, *read_splits(args))
+    run.eval_prompts, run.epoch_pairs = load_eval_prompts(run, run.test_pairs), len(train_pairs)
     learning_rate = pick_learning_rate(args, policy, args.learning_rate, PAPER_LEARNING_RATE)
     guide_learning_rate = learning_rate if args.guide_learning_rate is None else args.guide_learning_rate
     open_folder(run, {"learning_rate": learning_rate, "guide_learning_rate": guide_learning_rate})
@@ -1220,7 +1234,7 @@ def main(args: Args) -> None:
     say(f"stage 2: DPO to the guide with beta {args.beta}, learning rate {learning_rate:g}, from the initial policy")
     loss_fn = partial(compute_loss, beta=args.beta, label_smoothing=args.label_smoothing)
     if batches and run.checkpoint is None:
-        log_weights(run, sum(batches, [])[:1024], loss_fn)
+        measure_weights(run, sum(batches, [])[:1024], loss_fn)
     train(run, policy, batches.__getitem__, len(batches), loss_fn, learning_rate)
     # endregion
     finish_run(run, policy)

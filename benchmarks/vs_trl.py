@@ -92,7 +92,8 @@ def choose_pairs(job: dict[str, Any], _: Path) -> dict[str, Any]:
     flags = dpo.Args(**data, **model, seed=args.seed)
     run = dpo.start_run(flags)
     dpo.load_policy(run)
-    fitting, rows = dpo.load_pairs(run)[0], dpo.read_split(flags, flags.dataset_train_split)
+    splits = dpo.read_splits(flags)
+    fitting, rows = dpo.load_pairs(run, *splits)[0], splits[0]
     count = args.pairs_per_step * (args.warmup_steps + args.steps)
     if len(fitting) < count:
         sys.exit(f"error: {count} pairs are needed, and {len(fitting)} are of at most {args.max_length} tokens")
@@ -125,8 +126,8 @@ class Watch:
             torch.cuda.synchronize()
         return time.time()
 
-    def micro_batch(self, pairs: int, tokens: Any) -> None:
-        """Call before each micro-batch of the training."""
+    def micro_batch(self, pairs: float, tokens: Any) -> None:
+        """Call before each micro-batch of the training, or each half of it."""
         if self.pairs % self.size == 0:
             self.times.append(self.now())
             self.tokens.append(0)
@@ -151,14 +152,13 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """dpo.py's main, watched."""
     import dpo
 
-    watch, models, trained_pairs = Watch(job), [], []
+    watch, models, rows = Watch(job), [], []
     token_logps, add_reference = dpo.token_logps, dpo.add_reference
 
     def watched_logps(model, prompts, completions):
-        if dpo.torch.is_grad_enabled():
-            half = len(prompts) // 2
-            trained_pairs.extend(zip(prompts[:half], completions[:half], completions[half:], strict=True))
-            watch.micro_batch(half, sum(map(len, prompts + completions)))
+        if dpo.torch.is_grad_enabled():  # a micro-batch is two calls: chosen, then rejected
+            rows.extend(zip(prompts, completions, strict=True))
+            watch.micro_batch(len(prompts) / 2, sum(map(len, prompts + completions)))
         return token_logps(model, prompts, completions)
 
     def watched_reference(run, model, *rest):
@@ -181,11 +181,15 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     places = {"dataset_name": job["data"], "output_dir": str(folder / "run")}
     dpo.main(dpo.Args(model_name_or_path=job["args"]["model_name_or_path"], **places, **job["settings"]))
     watch.times.append(watch.now())
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{name: row[f"train/{name}"] for name in METRICS} for row in rows if row["step"] > 0]
-    return watch.result(models[0]) | (
-        {"metrics": metrics, "pairs": trained_pairs} if job["contest"] == "agreement" else {}
-    )
+    if job["contest"] != "agreement":
+        return watch.result(models[0])
+    logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{name: row[f"train/{name}"] for name in METRICS} for row in logged if row["step"] > 0]
+    size, pairs = job["args"]["device_batch"], []
+    for k in range(0, len(rows), 2 * size):
+        chosen, rejected = rows[k : k + size], rows[k + size : k + 2 * size]
+        pairs += [(prompt, answer, other) for (prompt, answer), (_, other) in zip(chosen, rejected, strict=True)]
+    return watch.result(models[0]) | {"metrics": metrics, "pairs": pairs}
 
 
 def run_trl(job: dict[str, Any], folder: Path) -> dict[str, Any]:

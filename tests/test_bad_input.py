@@ -170,13 +170,13 @@ def test_all_completions_equal(flags, tmp_path, capsys):
     rows = [row | {"rejected": row["chosen"]} for row in ROWS]
     path = write_rows(tmp_path / "equal.jsonl", rows)
     assert_error(flags | {"dataset_name": path}, "equal.jsonl", "no pair is left to train on")
-    assert "dropped 11 with chosen = rejected" in capsys.readouterr().out
+    assert "12 dropped for having chosen = rejected" in capsys.readouterr().out
 
 
 def test_some_completions_equal(flags, tmp_path, capsys):
     path = write_rows(tmp_path / "equal.jsonl", [ROWS[0] | {"rejected": ROWS[0]["chosen"]}, *ROWS[1:]])
     dpo.main(dpo.Args(**flags | {"dataset_name": path}))
-    assert "dropped 1 with chosen = rejected" in capsys.readouterr().out
+    assert "1 dropped for having chosen = rejected" in capsys.readouterr().out
 
 
 def test_nothing_left(flags):

@@ -197,7 +197,7 @@ def test_long_pairs_are_dropped(encode, capsys):
     assert lengths == sorted(set(lengths))
     capsys.readouterr()
     assert [pair.row for pair in encode(rows, max_length=lengths[1])] == [0, 1]
-    assert f"3 rows, dropped 0 with chosen = rejected, 1 over {lengths[1]} tokens; 0 cut" in capsys.readouterr().out
+    assert f"3 rows, 1 dropped and 0 cut for having over {lengths[1]} tokens" in capsys.readouterr().out
     assert [pair.row for pair in encode(rows, max_length=lengths[1] - 1)] == [0]
 
 
@@ -210,7 +210,7 @@ def test_long_completions_are_cut_on_the_right(encode, capsys):
     capsys.readouterr()
     (pair,) = encode(rows, max_length=limit, overlong="truncate")
     assert ids_of(pair) == (prompt, chosen[:-2], rejected)  # a cut completion has no stop token, a whole one keeps it
-    assert "2 rows, dropped 0 with chosen = rejected, 1 over" in capsys.readouterr().out  # a prompt is never cut
+    assert "2 rows, 1 dropped and 1 cut" in capsys.readouterr().out  # a prompt is never cut
     (pair,) = encode(rows, max_length=len(prompt) + 1, overlong="truncate")
     assert ids_of(pair) == (prompt, chosen[:1], rejected[:1])
     assert encode(rows, max_length=len(prompt), overlong="truncate") == []
@@ -219,16 +219,7 @@ def test_long_completions_are_cut_on_the_right(encode, capsys):
 def test_cut_pairs_are_counted(encode, capsys):
     rows = [{"prompt": QUESTION, "chosen": GOOD * n, "rejected": BAD} for n in (1, 5, 6)]
     encode(rows, max_length=len(encode(rows[:1])[0]) + 1, overlong="truncate")
-    assert "3 rows, dropped 0 with chosen = rejected, 0 over" in (out := capsys.readouterr().out) and "; 2 cut" in out
-
-
-def test_equal_completions_are_dropped(encode, capsys):
-    rows = [
-        CHAT_FORMS["messages"],
-        {"prompt": [user(QUESTION)], "chosen": [assistant(GOOD)], "rejected": [assistant(GOOD)]},
-    ]
-    assert [pair.row for pair in encode(rows)] == [0]
-    assert "2 rows, dropped 1 with chosen = rejected, 0 over 1024 tokens; 0 cut" in capsys.readouterr().out
+    assert "3 rows, 0 dropped and 2 cut" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prob, read", [(0, 0.0), (1, 1.0), (0.3, 0.3), (None, 1.0)])
@@ -258,7 +249,8 @@ def load(tokenizer, tmp_path):
             "micro_batch_tokens": 2048,
             "stop_ids": [END],
         }
-        return [numbers(pairs) for pairs in dpo.load_pairs(dpo.Run(args, tmp_path, tokenizer=tokenizer, **settings))]
+        run = dpo.Run(args, tmp_path, tokenizer=tokenizer, **settings)
+        return [numbers(pairs) for pairs in dpo.load_pairs(run, *dpo.read_splits(args))]
 
     return run
 
@@ -361,3 +353,12 @@ def test_micro_batches_cover_all_rows_within_the_budget(monkeypatch, world_size,
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) * 2 <= tokens
     if tokens == 10**6:
         assert len(groups) == world_size
+
+
+def test_equal_completions_are_dropped(load, tmp_path, capsys):
+    rows = make_rows(12)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    rows[11]["chosen"] = rows[11]["rejected"]
+    train, test = load(write_rows(tmp_path / "rows.jsonl", rows), dataset_test_split="train")
+    assert train == test == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert "4 dropped for having chosen = rejected" in capsys.readouterr().out

@@ -348,7 +348,7 @@ def test_judge_scores_as_one_row_at_a_time(start, tiny_model, tiny_copy, templat
         expected.append(read_last_token(path, tokenizer.apply_chat_template(messages, tokenize=False)))
     for tokens in (10**6, 1):
         run, _ = start(dpo, tiny_model(), micro_batch_tokens=tokens)
-        assert dpo.judge(run, str(path), QUESTIONS, ANSWERS) == pytest.approx(expected, abs=1e-4)
+        assert dpo.judge(run, *dpo.load_judge(run, str(path)), QUESTIONS, ANSWERS) == pytest.approx(expected, abs=1e-4)
     assert len(set(expected)) == len(expected)
 
 
@@ -372,7 +372,7 @@ def test_judge_with_another_tokenizer(start, tiny_model, tiny_copy):
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False).removeprefix("<|start|>"))
         assert tokenizer(texts[-1]).input_ids.count(tokenizer.bos_token_id) == 1
     run, _ = start(dpo, tiny_model())
-    assert dpo.judge(run, str(path), QUESTIONS, ANSWERS) == pytest.approx(
+    assert dpo.judge(run, *dpo.load_judge(run, str(path)), QUESTIONS, ANSWERS) == pytest.approx(
         [read_last_token(path, text) for text in texts], abs=1e-4
     )
 
@@ -388,4 +388,4 @@ def test_judge_without_a_template_reads_question_and_answer(start, tiny_model, t
         pairs = [tokenizer(*pair, return_tensors="pt").input_ids for pair in zip(questions, ANSWERS[2:], strict=True)]
         expected = [model(ids).logits.item() for ids in pairs]
     run, _ = start(dpo, tiny_model())
-    assert dpo.judge(run, str(path), questions, ANSWERS[2:]) == pytest.approx(expected, abs=1e-4)
+    assert dpo.judge(run, *dpo.load_judge(run, str(path)), questions, ANSWERS[2:]) == pytest.approx(expected, abs=1e-4)

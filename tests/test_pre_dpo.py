@@ -120,7 +120,7 @@ def test_weights_are_logged(flags, tmp_path):
     gaps = [naive_logps(path, pairs) for path in (flags["model_name_or_path"], folder / "guide")]
     h = (gaps[0] - gaps[1])[:, 0] - (gaps[0] - gaps[1])[:, 1]
     weights = [1 / (1 + math.exp(0.005 * value)) for value in h.tolist()]
-    assert logged["step"] == 2
+    assert logged["step"] == 3
     assert logged["method/weight_mean"] == pytest.approx(sum(weights) / 8, abs=1e-5)
     low, high = sorted(weights)[3:5]
     assert logged["method/weight_q50"] == pytest.approx((low + high) / 2, abs=1e-5)

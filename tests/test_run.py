@@ -289,7 +289,7 @@ def test_kl_is_that_of_the_policy_to_the_initial_model(start, tiny_model):
 def test_train_may_be_called_many_times(run_toy, start, small_toy):
     """Once a stage or an iteration: steps run on, optimiser and schedule start afresh."""
     run, policy = start(dpo, str(TOY / "policy"), **QUICK, dataset_name=small_toy)
-    pairs, run.test_pairs = dpo.load_pairs(run)
+    pairs, run.test_pairs = dpo.load_pairs(run, *dpo.read_splits(run.args))
     run.eval_prompts = dpo.load_eval_prompts(run, run.test_pairs[:2])
     run.test_pairs = run.test_pairs[:2]
     dpo.add_reference(run, run.rollout, [pairs, run.test_pairs], "reference_logps")

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 SEED = 1
-VOCAB_SIZE = 600
+VOCAB_SIZE = 900
 TRAIN_PAIRS, TEST_PAIRS = 4000, 1024
 SAMPLES = 4  # of each prompt, of which the best and the worst make a pair
 AGREEMENT = 0.76  # how often a label agrees with the judge: sets the scale of the Bradley-Terry model
@@ -131,59 +131,59 @@ KINDS = {
         "paintings rooms staff guides shop garden exhibits location",
     ),
 }
-# What suits an aspect besides the words that suit everything: good | bad. Each word is good or bad everywhere.
+# What suits an aspect besides the words that suit everything: good | bad.
 ASPECTS = {
-    "rooms": "clean spacious bright | dirty cramped dim",
-    "beds": "comfortable clean | lumpy dirty",
-    "breakfast": "fresh tasty varied | cold stale",
-    "staff": "friendly helpful | rude careless",
-    "service": "quick friendly | slow careless",
-    "pool": "clean spacious | dirty cold",
-    "view": "beautiful stunning | dull ugly",
-    "location": "convenient charming | noisy ugly",
-    "price": "reasonable attractive | steep unfair",
-    "plot": "gripping clever | confusing dull",
-    "acting": "convincing moving | wooden clumsy",
-    "music": "beautiful moving | noisy dull",
-    "dialogue": "witty clever | wooden silly",
-    "ending": "clever moving | silly confusing",
-    "photography": "beautiful stunning | dull ugly",
-    "pace": "lively gripping | slow uneven",
-    "cast": "convincing charming | wooden careless",
-    "screen": "bright sharp | dim blurry",
-    "battery": "strong reliable | weak unreliable",
-    "sound": "clear rich | muddy weak",
-    "charger": "quick reliable | slow flimsy",
-    "buttons": "handy solid | stiff flimsy",
-    "design": "elegant handy | clumsy ugly",
-    "speakers": "clear strong | muddy weak",
-    "food": "tasty fresh | bland cold",
-    "menu": "varied clever | confusing dull",
-    "soup": "tasty rich | bland cold",
-    "desserts": "tasty rich | bland stale",
-    "wine": "rich elegant | sour weak",
-    "tables": "clean spacious | dirty cramped",
-    "characters": "convincing charming | wooden silly",
-    "writing": "elegant witty | clumsy dull",
-    "chapters": "gripping lively | slow confusing",
-    "cover": "beautiful elegant | ugly dull",
-    "flash": "bright reliable | weak unreliable",
-    "pictures": "sharp bright | blurry dim",
-    "grip": "comfortable solid | stiff clumsy",
-    "zoom": "quick sharp | slow blurry",
-    "graphics": "stunning sharp | ugly blurry",
-    "controls": "handy quick | clumsy stiff",
-    "levels": "varied clever | confusing dull",
-    "paintings": "beautiful stunning | ugly dull",
-    "guides": "friendly helpful | rude careless",
-    "shop": "charming varied | cramped dull",
-    "garden": "beautiful charming | dirty ugly",
-    "exhibits": "varied clever | confusing dull",
+    "rooms": "clean | dirty",
+    "beds": "comfortable | lumpy",
+    "breakfast": "tasty | stale",
+    "staff": "friendly | rude",
+    "service": "friendly | slow",
+    "pool": "clean | dirty",
+    "view": "beautiful | ugly",
+    "location": "charming | noisy",
+    "price": "fair | unfair",
+    "plot": "clever | dull",
+    "acting": "moving | wooden",
+    "music": "beautiful | noisy",
+    "dialogue": "clever | wooden",
+    "ending": "moving | silly",
+    "photography": "beautiful | ugly",
+    "pace": "lively | slow",
+    "cast": "charming | wooden",
+    "screen": "bright | dim",
+    "battery": "strong | weak",
+    "sound": "clear | weak",
+    "charger": "quick | slow",
+    "buttons": "handy | stiff",
+    "design": "charming | ugly",
+    "speakers": "clear | weak",
+    "food": "tasty | stale",
+    "menu": "varied | dull",
+    "soup": "tasty | sour",
+    "desserts": "tasty | stale",
+    "wine": "rich | sour",
+    "tables": "clean | dirty",
+    "characters": "charming | silly",
+    "writing": "clever | dull",
+    "chapters": "lively | slow",
+    "cover": "beautiful | ugly",
+    "flash": "bright | weak",
+    "pictures": "clear | dim",
+    "grip": "comfortable | stiff",
+    "zoom": "quick | slow",
+    "graphics": "beautiful | ugly",
+    "controls": "handy | stiff",
+    "levels": "varied | dull",
+    "paintings": "beautiful | ugly",
+    "guides": "friendly | rude",
+    "shop": "charming | dull",
+    "garden": "beautiful | ugly",
+    "exhibits": "varied | dull",
 }
 GENERAL = {
-    1: "good great excellent wonderful lovely superb".split(),
-    0: "average ordinary acceptable standard typical passable".split(),
-    -1: "bad poor terrible awful disappointing dreadful".split(),
+    1: "good great excellent wonderful lovely".split(),
+    0: "average ordinary acceptable typical".split(),
+    -1: "bad poor terrible awful dreadful".split(),
 }
 SENTIMENT = {word: s for s, words in GENERAL.items() for word in words}
 for _words in ASPECTS.values():
@@ -275,7 +275,7 @@ def write_sentence(rng, thing, key, sentiment):
 
 def write_review(rng, thing, moods=None, length=None, noise=None):
     """A review: one mood (odds of good, neutral, bad sentences), now and then one that is off-topic or repeated."""
-    moods = moods or rng.choices([(16, 3, 1), (3, 14, 3), (1, 3, 16)], (5, 7, 8))[0]
+    moods = moods or rng.choices([(17, 3, 0), (0, 3, 17), (4, 3, 4)], (3, 6, 1))[0]
     length = length or rng.choices(range(1, 8), (10, 20, 25, 20, 12, 8, 5))[0]
     noise = rng.choice([0, 0, 0, 0.2]) if noise is None else noise
     keys = thing.aspects + ["whole", "verdict", "advice"]
@@ -411,6 +411,8 @@ def build_tokenizer(folder):
         if rng.random() < 0.1:
             instruction = rng.choice(rng.choice(list(INSTRUCTIONS.values())))
             texts.append(annotator_text(instruction, request, review, write_review(rng, thing)))
+    names = [word for kind in KINDS.values() for word in f"{kind.first} {kind.second}".split()]
+    texts += [f" {word}" for word in [*SENTIMENT, *dict.fromkeys(names)]] * 3000  # each is to be a single token
     special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -576,23 +578,32 @@ def judge_scores(judge, tokenizer, rows, batch_size=256):
 
 
 def review_row(tokenizer, rng, split="train"):
+    """Tokens of a request and of a review, and for each of the latter the mean sentiment of the sentences so far."""
     thing, request = rng.choice(REQUESTS_OF[split])
-    return encode_prompt(tokenizer, request), encode(tokenizer, write_review(rng, thing) + "<|end|>")
+    text = write_review(rng, thing)
+    encoded = tokenizer(text + "<|end|>", add_special_tokens=False, return_offsets_mapping=True)
+    values = running_values(text)
+    moods = [values[min(end, len(values)) - 1][0] for _, end in encoded["offset_mapping"]]
+    return encode_prompt(tokenizer, request), encoded["input_ids"], moods
 
 
-def lm_loss(model, tokenizer, batch):
-    """Mean negative log-likelihood of the response tokens."""
-    x = pad([p + r for p, r in batch], tokenizer.pad_token_id)
-    labels = pad([[-100] * len(p) + r for p, r in batch], -100)
-    return model(input_ids=x, labels=labels).loss
+def lm_loss(model, head, tokenizer, batch):
+    """Mean negative log-likelihood of the response tokens, and an auxiliary regression to the mood so far, without
+    which the policy learns grammar long before it learns that a review has one mood."""
+    x = pad([prompt + response for prompt, response, _ in batch], tokenizer.pad_token_id)
+    labels = pad([[-100] * len(prompt) + response for prompt, response, _ in batch], -100)
+    moods = pad([[math.nan] * len(prompt) + moods for prompt, _, moods in batch], math.nan)
+    output = model(input_ids=x, labels=labels, output_hidden_states=True)
+    return output.loss, masked_mse(head(output.hidden_states[2])[..., 0], moods)
 
 
-def build_policy(folder, steps=600):
+def build_policy(folder, steps=1200):
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    model = causal_lm(tokenizer)
+    model, head = causal_lm(tokenizer), torch.nn.Linear(128, 1)
     rng = random.Random(SEED + 1)
     data = batches(lambda: review_row(tokenizer, rng), steps, 64, lambda row: len(row[0]) + len(row[1]))
-    train("policy", model.parameters(), lambda b: [lm_loss(model, tokenizer, b)], data, steps, 3e-3)
+    parameters = [*model.parameters(), *head.parameters()]
+    train("policy", parameters, lambda b: lm_loss(model, head, tokenizer, b), data, steps, 3e-3)
     save(model, tokenizer, folder / "policy")
 
 
@@ -700,7 +711,7 @@ def judge_loss(model, heads, tokenizer, batch):
     return (loss, masked_mse(heads[0](hidden[3]), wished[..., :4]), masked_mse(heads[1](hidden[4]), wished[..., 4:]))
 
 
-def build_judge(folder, steps=600):
+def build_judge(folder, steps=900):
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     policy = load(AutoModelForCausalLM, folder / "policy")
     rng = random.Random(SEED + 2)
@@ -893,8 +904,9 @@ def measure_policy(tokenizer, policy, samples):
     rows = sorted((review_row(tokenizer, rng, "test") for _ in range(2000)), key=lambda row: len(row[0]) + len(row[1]))
     total, tokens = 0.0, 0
     for i in range(0, len(rows), 200):
-        n = sum(len(response) for _, response in rows[i : i + 200])
-        total, tokens = total + lm_loss(policy, tokenizer, rows[i : i + 200]).item() * n, tokens + n
+        n = sum(len(response) for _, response, _ in rows[i : i + 200])
+        loss = lm_loss(policy, torch.nn.Linear(128, 1), tokenizer, rows[i : i + 200])[0].item()
+        total, tokens = total + loss * n, tokens + n
     print(f"policy: perplexity {math.exp(total / tokens):.3f} a token on 2,000 new reviews of the test names")
     texts = texts_of(tokenizer, samples)
     sentences = [parse_sentence(thing, sentence) for thing, _, text in texts for sentence in split_sentences(text)]
