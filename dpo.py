@@ -575,8 +575,10 @@ def refresh_rollout(run: Run, policy: torch.nn.Module) -> None:
                 copy.copy_(full_tensor(weight))
 
 
-def token_logps(model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """Log-probability of each completion token given all before it, (N, C) in float32, 0 behind the completion.
+def completion_logits(
+    model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that predict the completions' tokens, row after row, (their number, V) in float32, and these tokens.
 
     Rows are padded on the right and there is no attention mask: no token that counts sees the padding behind it, and
     attention can use its kernel for plain causal masks. The head computes logits for the completions alone.
@@ -595,9 +597,16 @@ def token_logps(model: torch.nn.Module, prompts: list[list[int]], completions: l
         logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
     finally:
         hook.remove()
-    logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # float32: bfloat16 errs by 0.1 nats a token
-    inside = (torch.arange(int(lengths.max())) < lengths).to(device)  # (N, C)
-    return torch.zeros(inside.shape, device=device).masked_scatter(inside, logps)
+    return logits.float(), targets  # float32: bfloat16 would err by up to 0.1 nats a token
+
+
+def token_logps(model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
+    """Log-probability of each completion token given all before it, (N, C) in float32, 0 behind the completion."""
+    logits, targets = completion_logits(model, prompts, completions)
+    logps = -F.cross_entropy(logits, targets, reduction="none")
+    lengths = torch.tensor([[len(completion)] for completion in completions])
+    inside = (torch.arange(int(lengths.max())) < lengths).to(logps.device)  # (N, C)
+    return torch.zeros(inside.shape, device=logps.device).masked_scatter(inside, logps)
 
 
 def sequence_logps(model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
