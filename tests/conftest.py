@@ -133,6 +133,30 @@ def minimise(loss, size):
     return theta.detach()
 
 
+def weights_of(path):
+    """Weights of a saved language model, in float32."""
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+
+
+def naive_logps(path, pairs):
+    """Sums of log-probabilities of (chosen, rejected) in a saved model, one sequence at a time, (len(pairs), 2)."""
+    import torch
+    import transformers
+
+    model, sums = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
+    for pair in pairs:
+        for completion in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor([pair.prompt_ids + completion])
+            with torch.no_grad():
+                logps = model(ids).logits[0].log_softmax(-1)
+            start = len(pair.prompt_ids)
+            sums.append(sum(logps[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
+    return torch.tensor(sums).view(-1, 2)
+
+
 THINGS = ["hotel", "phone", "film", "museum", "restaurant", "camera", "soup", "book"]
 
 

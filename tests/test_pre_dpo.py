@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import transformers
-from conftest import load_script, make_batch, minimise, read_rows, text_pairs, write_rows
+from conftest import load_script, make_batch, minimise, naive_logps, read_rows, text_pairs, weights_of, write_rows
 from safetensors.torch import load_file
 from test_durable import assert_same, checkpoints, finish, new_folder, run, whole_run
 
@@ -21,23 +21,6 @@ def flags(tiny_model, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", text_pairs(8))
     paths = {"model_name_or_path": tiny_model(), "dataset_name": data, "output_dir": str(tmp_path / "run")}
     return QUICK | paths | {"dataset_test_split": "train"}
-
-
-def weights_of(path):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-
-
-def naive_logps(path, pairs):
-    """Sums of log-probabilities of (chosen, rejected), one sequence at a time."""
-    model, sums = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
-    for pair in pairs:
-        for completion in (pair.chosen_ids, pair.rejected_ids):
-            ids = torch.tensor([pair.prompt_ids + completion])
-            with torch.no_grad():
-                logps = model(ids).logits[0].log_softmax(-1)
-            start = len(pair.prompt_ids)
-            sums.append(sum(logps[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
-    return torch.tensor(sums).view(-1, 2)
 
 
 @pytest.mark.parametrize("betas", [(0.5, 0.5), (1.0, 0.25)])
