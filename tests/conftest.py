@@ -1,4 +1,4 @@
-"""What the tests share. `python -m pytest` runs the fast tier, `python -m pytest -m slow` the other one."""
+"""What the tests share. `python -m pytest` runs the fast tier, `-m slow` and `-m full` the others."""
 
 import importlib.util
 import json
@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 SCRIPTS = [name for name in "dpo ipo simpo pre_dpo spin oaif rlhf_ppo".split() if (ROOT / f"{name}.py").exists()]
 # For tests that cost seconds a script: dpo.py is in the fast tier, its siblings share its text and are in the slow one.
+# What costs more, and is about shared text alone, is in the slow tier for dpo.py and in the full one for its siblings.
 SCRIPTS_BY_TIER = [pytest.param(name, marks=[pytest.mark.slow] if name != "dpo" else []) for name in SCRIPTS]
+SLOW_SCRIPTS = [pytest.param(name, marks=pytest.mark.slow if name == "dpo" else pytest.mark.full) for name in SCRIPTS]
 
 SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -43,13 +45,14 @@ FAMILIES = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs of many seconds; `-m slow` selects them")
+    config.addinivalue_line("markers", "full: slow tests of dpo.py for the other scripts; `-m full` selects them")
     if config.args_source == config.ArgsSource.INVOCATION_DIR:
         config.args = [str(ROOT / "tests")]
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow")]
+        slow = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SCRIPTS_BY_TIER, TOY, load_script, read_folder, read_rows, write_rows
+from conftest import ROOT, SCRIPTS, SCRIPTS_BY_TIER, SLOW_SCRIPTS, TOY, load_script, read_folder, read_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cleanpo-")  # for runs that several tests look at
@@ -219,9 +219,8 @@ at(script, "append_rows", 0, torn, about="metrics.jsonl")
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", KILLS)
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_kill_again_and_again(name, when):
     folder, flags = new_folder(), ["--resume", "--save-steps", "2"]
     for patch, kept in KILLS[when]:
@@ -232,8 +231,7 @@ def test_kill_again_and_again(name, when):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_damaged_checkpoints_are_not_used(name):
     folder = copy_of(killed_run(name))
     damaged = [Path(shutil.copytree(folder / "checkpoint-4", folder / f"checkpoint-{step}")) for step in range(5, 10)]
@@ -258,8 +256,7 @@ def test_sigterm_saves(name):
     stop_and_go_on(name, "terminate", 143, step=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_interrupt_saves(name):
     stop_and_go_on(name, "interrupt", 130, step=5)
 
@@ -277,8 +274,7 @@ def stop_and_go_on(name, action, status, step):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_signals_at_other_moments(name):
     """Before the training there is nothing to save; a second signal does not wait; the last step's is not lost."""
     folder = new_folder()
@@ -294,8 +290,7 @@ def test_signals_at_other_moments(name):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_stored_reference_is_used(name):
     folder = copy_of(killed_run(name))
     files = list(folder.glob("*.safetensors"))
@@ -342,8 +337,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_small_disk(name, small_disk):
     size = sum(map(len, read_folder(killed_run(name) / "checkpoint-4").values()))
     folder, flags = small_disk(int(1.2 * size)) / "run", ["--resume", "--save-steps", "2"]
@@ -384,8 +378,7 @@ at(script.transformers.PreTrainedTokenizerBase, "save_pretrained", 1, full_too)
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_full_disk(name):
     """Wherever the disk becomes full, the last checkpoint stays and the run goes on when there is room."""
     folder, flags, kept = new_folder(), ["--resume", "--save-steps", "2"], 0
@@ -399,8 +392,7 @@ def test_full_disk(name):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_a_loss_that_is_not_finite_stops_the_run(name):
     folder = copy_of(killed_run(name))
     file = folder / "checkpoint-4" / "tensors.safetensors"

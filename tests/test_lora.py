@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import SCRIPTS, TOY, read_rows
+from conftest import SCRIPTS, SLOW_SCRIPTS, TOY, read_rows
 from safetensors.torch import load_file
 from test_distributed import LORA, assert_close
 from test_durable import assert_same, copy_of, data_folder, finish, killed_run, metrics_of, new_folder, whole_run
@@ -108,8 +108,7 @@ def test_lost_reference_is_that_of_the_initial_model(name):
     assert_same(folder, whole_run(name, *LORA))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_gradient_checkpointing_changes_no_result(name, flags):
     assert_close(whole_run(name, *flags, "--gradient-checkpointing"), whole_run(name, *flags))

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import SCRIPTS, TOY, write_rows
+from conftest import SLOW_SCRIPTS, TOY, write_rows
 from test_durable import finish, new_folder
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc"),
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 
 # The shape of SmolLM2-135M.
 SHAPE = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
@@ -51,7 +48,7 @@ def pair_of(prompt_tokens, completion_tokens):
 
 
 @pytest.mark.parametrize("flag, limit", [("--no-gradient-checkpointing", 4.8e9), ("--gradient-checkpointing", 3.5e9)])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_peak_of_a_model_of_real_size(name, flag, limit, model):
     folder = new_folder()
     write_rows(folder.parent / "data" / "train.jsonl", [pair_of(64, 448)])
@@ -66,7 +63,7 @@ def test_peak_of_a_model_of_real_size(name, flag, limit, model):
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", 4]], ids=["full", "lora"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SCRIPTS)
 def test_nothing_grows(name, flags):
     """30 steps with the same pairs, with evaluations and checkpoints."""
     folder = new_folder()
