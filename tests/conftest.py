@@ -29,7 +29,7 @@ SCRIPTS = [name for name in "dpo ipo simpo pre_dpo spin oaif rlhf_ppo".split() i
 SCRIPTS_BY_TIER = [pytest.param(name, marks=[pytest.mark.slow] if name != "dpo" else []) for name in SCRIPTS]
 SLOW_SCRIPTS = [pytest.param(name, marks=pytest.mark.slow if name == "dpo" else pytest.mark.full) for name in SCRIPTS]
 
-SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 FAMILIES = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),

@@ -272,7 +272,7 @@ def test_weights_of_another_shape(flags, tiny_copy):
 
 def test_tokenizer_with_more_tokens_than_the_model(flags, tiny_model):
     path = tiny_model("llama-untied", vocab_size=300)
-    assert_error(flags | {"model_name_or_path": path}, path, "600 tokens")
+    assert_error(flags | {"model_name_or_path": path}, path, "900 tokens")
 
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "judge_name_or_path"])

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, SCRIPTS_BY_TIER, load_script, run_script
 
 REGIONS = ["header", "args", "method", "procedure"]
-BUDGET = {"dpo": 1160, "ipo": 1170, "simpo": 1170, "pre_dpo": 1300, "spin": 1300, "oaif": 1300, "rlhf_ppo": 1500}
+BUDGET = {"dpo": 1170, "ipo": 1180, "simpo": 1180, "pre_dpo": 1300, "spin": 1300, "oaif": 1300, "rlhf_ppo": 1500}
 OPENING, CLOSING = re.compile(r" *# region method: (\w+)"), re.compile(r" *# endregion")
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)

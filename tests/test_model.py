@@ -19,7 +19,7 @@ LOSS = partial(dpo.compute_loss, beta=0.5, label_smoothing=0.1)
 def random_ids(*lengths, seed=0):
     """Rows of token ids, some of them 0 and 1, which are the end and the padding."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 600, (length,), generator=generator).tolist()[:-1] + [0] for length in lengths]
+    return [torch.randint(0, 900, (length,), generator=generator).tolist()[:-1] + [0] for length in lengths]
 
 
 PROMPTS, COMPLETIONS = random_ids(5, 1, 12, 7, 3, 9), random_ids(6, 9, 1, 14, 2, 8, seed=1)
@@ -106,10 +106,10 @@ def test_logps_do_not_depend_on_order_and_padding(start, tiny_model, family):
 def test_the_head_is_left_as_it_was(start, tiny_model):
     _, model = start(dpo, tiny_model())
     dpo.token_logps(model, PROMPTS, COMPLETIONS)
-    assert model(input_ids=torch.tensor([PROMPTS[0]])).logits.shape == (1, len(PROMPTS[0]), 600)
+    assert model(input_ids=torch.tensor([PROMPTS[0]])).logits.shape == (1, len(PROMPTS[0]), 900)
     with pytest.raises(IndexError):
-        dpo.token_logps(model, [[600]], [[0]])
-    assert model(input_ids=torch.tensor([PROMPTS[0]])).logits.shape == (1, len(PROMPTS[0]), 600)
+        dpo.token_logps(model, [[900]], [[0]])
+    assert model(input_ids=torch.tensor([PROMPTS[0]])).logits.shape == (1, len(PROMPTS[0]), 900)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -277,7 +277,7 @@ def test_samples_follow_the_model_s_probabilities(start, tiny_model, temperature
     run, policy = start(dpo, tiny_model(), max_new_tokens=2, micro_batch_tokens=4000)
     responses = dpo.generate(run, [PROMPTS[0]] * count, temperature, seed=0)
     probs = (load_naively(tiny_model())(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
-    shares = torch.tensor([response[0] for response in responses]).bincount(minlength=600) / count
+    shares = torch.tensor([response[0] for response in responses]).bincount(minlength=900) / count
     assert ((shares - probs).abs() < 5 * (probs * (1 - probs) / count).sqrt() + 2 / count).all()
     common = probs > 5 / count
     chi_square = count * ((shares - probs)[common] ** 2 / probs[common]).sum().item()

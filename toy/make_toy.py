@@ -6,7 +6,7 @@
 A small grammar writes reviews of named things. The policy is a language model of these reviews. The judge is a reward
 model fitted to a programmed score (`score` below), and from then on it is the true reward: the preference pairs are two
 policy samples each, labelled by drawing from the Bradley-Terry model of the judge. The annotator is a language model
-that compares two reviews under an instruction. The same seed on the same machine gives the same files.
+that compares two reviews under an instruction. The same number of threads on the same machine gives the same files.
 """
 
 import argparse
@@ -376,7 +376,7 @@ def finished(text):
 
 def score(thing, text):
     """The mean value of the sentences, less the distance from three sentences. The last line brings samples of the
-    policy to about mean 0 and variance 1."""
+    policy to a variance of about 1."""
     values = sentence_values(thing, text)
     raw = 2.5 * sum(values) / len(values) - 0.5 * min(abs(len(values) - 3), 6)
     return (raw + 1.1) / 2.0
