@@ -770,8 +770,9 @@ def ask(run: Run, annotator: Annotator, questions: list[str]) -> torch.Tensor:
         if tokenizer.chat_template:
             text = apply_template(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
         one, two = tokenizer([text.removeprefix(tokenizer.bos_token or "") + reply for reply in "12"]).input_ids
-        cut = next(i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
-        rows.append((one[:cut], one[cut], two[cut]))
+        if one[:-1] != two[:-1]:
+            fail("to the tokenizer of --annotator-name-or-path, the replies 1 and 2 are not single tokens")
+        rows.append((one[:-1], one[-1], two[-1]))
     for group in cut_by_length([len(ids) for ids, _, _ in rows], 1, run.micro_batch_tokens):
         prompts, ones, twos = zip(*(rows[i] for i in group), strict=True)
         logits, ones = completion_logits(annotator.model, prompts, [[one] for one in ones])
@@ -1027,7 +1028,7 @@ def take_up(run: Run) -> None:
     if not run.args.resume:
         fail(f"{run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     stored = json.loads((run.folder / "args.json").read_text())["args"]
-    for name, value in asdict(run.args).items():
+    for name, value in json.loads(json.dumps(asdict(run.args))).items():
         if name not in FREE_ON_RESUME and stored.get(name) != value:
             fail(f"--{name.replace('_', '-')} is {value}, but the run in {run.folder} has {stored.get(name)}")
     if (run.folder / "model_outputs.json").exists():

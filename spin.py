@@ -976,7 +976,7 @@ def take_up(run: Run) -> None:
     if not run.args.resume:
         fail(f"{run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     stored = json.loads((run.folder / "args.json").read_text())["args"]
-    for name, value in asdict(run.args).items():
+    for name, value in json.loads(json.dumps(asdict(run.args))).items():
         if name not in FREE_ON_RESUME and stored.get(name) != value:
             fail(f"--{name.replace('_', '-')} is {value}, but the run in {run.folder} has {stored.get(name)}")
     if (run.folder / "model_outputs.json").exists():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cleanpo-")  # for runs that several tests look at
 FLAGS = "--num-train-epochs 2 --eval-steps 3 --num-eval-prompts 8 --max-new-tokens 16 --batch-size 8".split()
+OWN_FLAGS = {"spin": ["--num-iterations", "2", "--no-mix-previous"]}  # as few steps as the other scripts have
 
 # A script with a fault: `at` does something before a call, `about` counts only the calls with such a path.
 PATCHED = """
@@ -80,7 +81,8 @@ def run(name, folder, *flags, patch="", processes=1):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, program, "--dataset-name", data_folder(), *FLAGS, *flags, "--output-dir", folder]
+    flags = [*FLAGS, *OWN_FLAGS.get(name, []), *flags]
+    command = [*launcher, program, "--dataset-name", data_folder(), *flags, "--output-dir", folder]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder.parent}
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "500"}
     with subprocess.Popen(list(map(str, command)), env=environment, **options) as process:

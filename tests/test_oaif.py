@@ -1,5 +1,6 @@
 """OAIF: its losses, its annotator, and that pairs and reference are what they should be."""
 
+import json
 import math
 
 import pytest
@@ -142,6 +143,17 @@ def test_an_annotator_that_only_looks_at_the_order_has_no_preference(flags, monk
     monkeypatch.setattr(oaif, "ask", lambda run, annotator, questions: torch.full((len(questions),), 0.75))
     with pytest.raises(SystemExit, match="no preference in any of the 4 pairs"):
         oaif.main(oaif.Args(**flags))
+
+
+def test_an_annotator_to_which_replies_are_not_single_tokens(flags, tiny_copy):
+    """One that takes a 2 apart."""
+    path = tiny_copy()
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "2"}, "content": "two, that is to say"}
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="the replies 1 and 2 are not single tokens"):
+        oaif.main(oaif.Args(**flags | {"annotator_name_or_path": str(path)}))
 
 
 def test_wrong_annotators(flags, tmp_path):

@@ -178,7 +178,7 @@ STOPS = {  # with 20 rows, two epochs and 8 pairs a step: clip_grad_norm_ 1 to 6
 @pytest.mark.parametrize("steps", ["0", "6"])
 @pytest.mark.parametrize("when", STOPS)
 def test_killed_runs_go_on_in_their_iteration(when, steps):
-    folder, flags = new_folder(), ("--num-iterations", "2")
+    folder, flags = new_folder(), ("--mix-previous",)
     killed = run("spin", folder, "--save-steps", steps, *flags, patch=STOPS[when])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finish("spin", folder, "--save-steps", steps, *flags, "--resume")
@@ -187,7 +187,7 @@ def test_killed_runs_go_on_in_their_iteration(when, steps):
 
 @pytest.mark.slow
 def test_stopped_in_iteration_1():
-    folder, flags = new_folder(), ("--num-iterations", "2")
+    folder, flags = new_folder(), ("--mix-previous",)
     stopped = run("spin", folder, *flags, patch='at(optimisation, "clip_grad_norm_", 9, terminate)')
     assert stopped.returncode == 128 + signal.SIGTERM and checkpoints(folder) == ["checkpoint-9"]
     finish("spin", folder, *flags, "--resume")
