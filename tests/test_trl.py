@@ -11,9 +11,8 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 dpo = load_script("dpo")
 
-METRICS = (
-    "loss grad_norm rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
-)
+METRICS = ["loss", "grad_norm", "logps/chosen", "logps/rejected"]
+METRICS += [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
 COMMON = {
     "max_length": 512,
     "lr_scheduler_type": "constant",
