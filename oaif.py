@@ -721,11 +721,7 @@ def compute_loss(batch: PairBatch, loss: str, beta: float) -> tuple[torch.Tensor
     chosen_logratios = batch.chosen_logps - batch.ref_chosen_logps
     rejected_logratios = batch.rejected_logps - batch.ref_rejected_logps
     h = chosen_logratios - rejected_logratios
-    losses = {  # Section 3.1 of arXiv:2402.04792
-        "dpo": -F.logsigmoid(beta * h),
-        "ipo": (h - 1 / (2 * beta)) ** 2,
-        "slic": torch.relu(1 - beta * h),
-    }[loss]
+    losses = {"dpo": -F.logsigmoid(beta * h), "ipo": (h - 1 / (2 * beta)) ** 2, "slic": torch.relu(1 - beta * h)}[loss]
     metrics = {
         "rewards/chosen": beta * chosen_logratios.detach(),
         "rewards/rejected": beta * rejected_logratios.detach(),
@@ -1269,9 +1265,11 @@ def main(args: Args) -> None:
     beta = args.beta or {"dpo": 0.1, "ipo": 1.0, "slic": 0.002}[args.loss]
     annotator = load_annotator(run)
     open_folder(run, {"learning_rate": learning_rate, "beta": beta})
-    batches = plan_batches(args, train_pairs)  # of which the prompts count
+    short = [pair for pair in train_pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions]
+    batches = plan_batches(args, short)  # of which the prompts count
     add_reference(run, run.rollout, [run.test_pairs], "reference_logps")
     reference = run.rollout if args.lora_rank > 0 else load_model(run, args.model_name_or_path, run.dtype)
+    say(f"{len(train_pairs) - len(short)} prompts leave no room for an answer of {args.max_new_tokens} tokens")
     say(f"online {args.loss} with beta {beta}, learning rate {learning_rate:g}, {len(batches)} steps")
     loss_fn = partial(compute_loss, loss=args.loss, beta=beta)
     known_loss = {"dpo": math.log(2), "ipo": 1 / (2 * beta) ** 2, "slic": 1.0}[args.loss]

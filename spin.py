@@ -734,6 +734,7 @@ def load_truths(run: Run, train_rows: list[dict], test_rows: list[dict], first_t
             truths.append(truth | {"rejected": truth["chosen"]})
         pairs = encode_rows(run, truths, f"{args.dataset_name} for {purpose}", first_row)
         splits.append([pair for pair in pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions])
+        say(f"  {len(pairs) - len(splits[-1])} of them leave no room for an answer of {args.max_new_tokens} tokens")
     if not all(splits):
         fail(f"--dataset-name {args.dataset_name}: no row is left to {'test' if splits[0] else 'train'} on")
     return [splits[0], splits[1][: args.num_eval_prompts]]

@@ -368,7 +368,6 @@ def torn(file, rows):
     full()
 at(script, "append_rows", 2, torn, about="metrics.jsonl")
 """,
-    "rows taken back": 'at(script, "replace_file", 1, full, about="samples.jsonl")',
     "model": 'at(script, "save_model", 1, full)',
     # The tokenizer's own error is a plain exception.
     "tokenizer": """
