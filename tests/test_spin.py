@@ -47,10 +47,19 @@ def test_optimum_of_an_iteration(beta):
     torch.testing.assert_close(minimise(loss, 5).softmax(-1), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_loss_of_an_undecided_pair_is_log_2():
-    batch = make_batch()
-    batch = batch._replace(ref_chosen_logps=batch.chosen_logps, ref_rejected_logps=batch.rejected_logps)
-    torch.testing.assert_close(spin.compute_loss(batch, beta=0.3)[0], torch.full((5,), math.log(2)).double())
+def test_the_data_s_distribution_is_the_fixed_point():
+    """On a bandit where truth, opponent and policy are one: the loss is log 2, and its gradient vanishes."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(-1)
+    own, other = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T
+    theta = truth.clone().requires_grad_()
+    policy = theta.log_softmax(-1)
+    sides = {"chosen_logps": policy[own], "rejected_logps": policy[other]}
+    sides |= {"ref_chosen_logps": truth[own], "ref_rejected_logps": truth[other]}
+    losses = spin.compute_loss(make_batch(25, **sides), beta=0.3)[0]
+    torch.testing.assert_close(losses, torch.full((25,), math.log(2)).double())
+    (gradient,) = torch.autograd.grad(((truth[own] + truth[other]).exp() * losses).sum(), theta)
+    assert gradient.abs().max() < 1e-12
 
 
 def test_rows_without_a_rejected_answer(flags):
