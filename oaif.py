@@ -814,14 +814,15 @@ def make_pairs(run: Run, reference: torch.nn.Module, annotator: Annotator, batch
         if isinstance(pair.prompt, list):
             sides = [[{"role": "assistant", "content": side}] for side in sides]
         row = {"prompt": pair.prompt, "chosen": sides[0], "rejected": sides[1]}
-        rows.append(row | {"annotator_prob": max(prob, 1 - prob)})
+        row["annotator_prob"] = max(prob, 1 - prob)
+        rows += [row] if texts[chosen].strip() and texts[rejected].strip() else []  # a data set has no empty answers
     if not pairs:
         fail(f"step {run.step + 1}: the annotator has no preference in any of the {len(batch)} pairs")
     if RANK == 0:
         append_rows(run.folder / "annotated.jsonl", rows)
     agreement = ((orders[0] > 0.5) == (orders[1] > 0.5)).float().mean().item()
     run.method_metrics |= {"method/order_agreement": agreement, "method/ties": len(batch) - len(pairs)}
-    run.method_metrics["method/preference"] = sum(row["annotator_prob"] for row in rows) / len(rows)
+    run.method_metrics["method/preference"] = torch.maximum(orders.mean(0), 1 - orders.mean(0)).mean().item()
     run.method_metrics["method/chosen_length"] = sum(len(pair.chosen_ids) for pair in pairs) / len(pairs)
     run.method_metrics["method/rejected_length"] = sum(len(pair.rejected_ids) for pair in pairs) / len(pairs)
     return pairs

@@ -16,7 +16,7 @@ Where sources differ, this script
 - starts each iteration from the policy of the last one, with the pairs of the last one added to the new ones (code);
 - draws prompts anew for each iteration (paper: the same 50,000 in all);
 - samples at temperature 1, as the theory wants (authors' code: greedy; their data: 1.0), up to --max-new-tokens, and a
-  cut answer gets no end-of-sequence token. Answers equal to the ground truth are left out;
+  cut answer gets no end-of-sequence token. Empty answers and the ground truth itself are left out;
 - makes one pass over the pairs of an iteration (paper 2, code 6 and stopped by hand) with AdamW (RMSprop);
 - takes learning rates 5e-7 5e-7 1e-7 1e-7 from the authors' code (ten times that with LoRA), which goes with their
   --beta 0.1 0.1 0.1 5.
@@ -746,27 +746,30 @@ def play(run: Run, truths: list[Pair], name: str, seed: int) -> list[Pair]:
     if not file.exists():
         answers = generate(run, [truth.prompt_ids for truth in truths], run.args.rollout_temperature, seed)
         rows = []
-        for truth, answer in zip(truths, answers, strict=True):
+        for i, (truth, answer) in enumerate(zip(truths, answers, strict=True)):
             texts = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in (truth.chosen_ids, answer)]
+            if answer == truth.chosen_ids or not texts[1].strip():
+                continue
             if isinstance(truth.prompt, list):
                 texts = [[{"role": "assistant", "content": text}] for text in texts]
-            row = {"prompt": truth.prompt, "chosen": texts[0], "rejected": texts[1], "rejected_ids": answer}
-            rows.append(json.dumps(row) + "\n")
+            row = {"prompt": truth.prompt, "chosen": texts[0], "rejected": texts[1]}
+            rows.append(json.dumps(row | {"rejected_ids": answer, "truth": i}) + "\n")
         if RANK == 0:
             file.parent.mkdir(exist_ok=True)
             replace_file(file, "".join(rows))
         barrier()
-    rows = zip(truths, map(json.loads, file.read_text().splitlines()), strict=True)
-    pairs = [Pair(t.row, t.prompt, t.prompt_ids, t.chosen_ids, row["rejected_ids"]) for t, row in rows]
-    different = [pair for pair in pairs if pair.chosen_ids != pair.rejected_ids]
-    if not different:
-        fail(f"{file}: all answers are equal to the ground truth")
-    return different
+    pairs = []
+    for row in map(json.loads, file.read_text().splitlines()):
+        truth = truths[row["truth"]]
+        pairs.append(Pair(truth.row, truth.prompt, truth.prompt_ids, truth.chosen_ids, row["rejected_ids"]))
+    if not pairs:
+        fail(f"{file}: all answers are empty or equal to the ground truth")
+    return pairs
 
 
 def log_iteration(run: Run, iteration: int, pairs: list[Pair], asked: int, first_step: int) -> None:
     """Log what the iteration has brought: against its opponent on the evaluation's prompts, and its training pairs."""
-    metrics = {"method/iteration": iteration, "method/equal_answers": asked - len(pairs)}
+    metrics = {"method/iteration": iteration, "method/dropped_answers": asked - len(pairs)}
     metrics["method/true_length"] = sum(len(pair.chosen_ids) for pair in pairs) / len(pairs)
     metrics["method/own_length"] = sum(len(pair.rejected_ids) for pair in pairs) / len(pairs)
     text = ""
