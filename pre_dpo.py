@@ -17,8 +17,8 @@ Where sources differ, this script
 - takes beta 0.1 and learning rate 6e-7 (ten times that with LoRA) from the authors' code (the paper tunes both: 0.05 to
   0.2, 6e-7 to 1e-6) and for the guide beta 0.1 with DPO, 2.5 and gamma / beta 0.48 with SimPO (0.005 to 0.05; 2.5, 0.4
   to 0.56).
-At the optimum of both stages, betas b1 and b2 amount to DPO with 1/beta = 1/b1 + 1/b2: compare with that one too. One
-model is in memory at a time. In stage 2 rewards/* are relative to the guide, and eval/kl to the initial policy.
+At the optimum of both stages, betas b1 and b2 amount to DPO with 1/beta = 1/b1 + 1/b2: compare with that one too. Of
+the guide only log-probabilities stay in memory. In stage 2 rewards/* are relative to it, eval/kl to the initial policy.
 
     python pre_dpo.py                              # the built-in test bed, about two minutes on two CPU cores
     python pre_dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized \
@@ -1231,7 +1231,7 @@ def main(args: Args) -> None:
     open_folder(run, {"learning_rate": learning_rate, "guide_learning_rate": guide_learning_rate})
     batches = plan_batches(args, train_pairs)
     if args.guide_model_name_or_path:
-        del policy  # one model in memory at a time
+        del policy  # policy and guide are not in memory together
         run.rollout = None
         run.rollout = load_guide(run, args.guide_model_name_or_path)
     elif batches:
