@@ -237,10 +237,7 @@ def start_run(args: Args) -> Run:
     folder = Path(args.output_dir or f"runs/{name}").expanduser()
     if not next(path for path in (folder, *folder.absolute().parents) if path.exists()).is_dir():
         fail(f"--output-dir {folder} is, or is below, a file")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fail(f"--model-name-or-path {args.model_name_or_path}: {brief(error)}")
+    tokenizer = load_tokenizer(args.model_name_or_path)
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {args.model_name_or_path} has no end-of-sequence token, so no answer could end")
     if args.chat_template:
@@ -500,22 +497,35 @@ def cut_by_length(lengths: list[int], rows_each: int, tokens: int, rank: int = R
 # === Model ===
 
 
-def load_model(run: Run, path: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A causal language model without dropout."""
+def load_tokenizer(path: str) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fail(f"tokenizer of {path}: {brief(error)}")
+
+
+def read_model(run: Run, path: str, dtype: torch.dtype, auto_class: Any, **changes: Any) -> tuple[Any, list[str]]:
+    """A model without dropout and with changes to its configuration, and the names of weights that its files lack."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
         for part in (config, config.get_text_config()):
             rates = [name for name in vars(part) if "dropout" in name or name.endswith("pdrop")]
             vars(part).update({name: 0.0 for name in rates if isinstance(getattr(part, name), float)})
         options = {"attn_implementation": run.args.attn_implementation, "use_safetensors": True}
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         fail(f"model {path}: {brief(error)}")
-    if info["missing_keys"]:
-        fail(f"model {path} has no weights for {min(info['missing_keys'])}: it is no causal language model")
-    return model.to(run.device).eval()
+    return model.to(run.device).eval(), sorted(info["missing_keys"])
+
+
+def load_model(run: Run, path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A causal language model without dropout."""
+    model, missing = read_model(run, path, dtype, transformers.AutoModelForCausalLM)
+    if missing:
+        fail(f"model {path} has no weights for {missing[0]}: it is no causal language model")
+    return model
 
 
 @torch.no_grad()
@@ -539,42 +549,50 @@ def check_model(run: Run, model: torch.nn.Module) -> None:
         fail("the test bed's judge cannot judge real text: give --judge-name-or-path a reward model or None")
 
 
-def load_policy(run: Run) -> torch.nn.Module:
-    """The policy with float32 weights, sharded over the devices. Sets run.rollout and run.stop_ids.
+def load_policy(run: Run, path: str) -> torch.nn.Module:
+    """The policy, to be trained. Sets run.rollout and run.stop_ids.
 
     run.rollout is a plain model in the compute dtype that is given the policy's weights when it is to sample or score;
     on a single device in float32 it is the policy itself.
     """
-    args, sharded = run.args, dist.is_initialized()
-    policy = load_model(run, args.model_name_or_path, torch.float32)
+    policy = load_model(run, path, torch.float32)
     check_model(run, policy)
-    run.rollout = load_model(run, args.model_name_or_path, run.dtype) if sharded else policy
+    run.rollout = load_model(run, path, run.dtype) if dist.is_initialized() else policy
     stop_ids = policy.generation_config.eos_token_id
     stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
     run.stop_ids = list(dict.fromkeys([run.tokenizer.eos_token_id, *stop_ids]))
+    policy, run.rollout = make_trainable(run, policy, run.rollout, "CAUSAL_LM")
+    return policy
+
+
+def make_trainable(
+    run: Run, model: torch.nn.Module, plain: torch.nn.Module, task_type: str
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Add LoRA's adapters to a model with float32 weights and its plain copy, and shard the model over the devices."""
+    args, sharded, path = run.args, plain is not model, model.name_or_path
     if args.lora_rank > 0:
         from peft import LoraConfig, get_peft_model
 
         options = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
         torch.manual_seed(args.seed)
-        policy = get_peft_model(policy, LoraConfig(**options, task_type="CAUSAL_LM"))
-        run.rollout = get_peft_model(run.rollout, LoraConfig(**options, task_type="CAUSAL_LM")) if sharded else policy
+        model = get_peft_model(model, LoraConfig(**options, task_type=task_type))
+        plain = get_peft_model(plain, LoraConfig(**options, task_type=task_type)) if sharded else model
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    total = sum(weight.numel() for weight in policy.parameters())
-    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    total = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     size = (4 * total + 12 * trained) / WORLD_SIZE + sharded * total * run.dtype.itemsize
-    say(f"{args.model_name_or_path}: {total:,} parameters, {trained:,} trained, on {WORLD_SIZE} x {run.device.type}")
+    say(f"{path}: {total:,} parameters, {trained:,} trained, on {WORLD_SIZE} x {run.device.type}")
     say(f"  {size / 2**30:.2f} GB a device for weights, gradients and AdamW, computation in {run.dtype}")
     if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         precision = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
-        for module in list(policy.modules()):
-            if type(module).__name__ in (run.rollout._no_split_modules or []):
+        for module in list(model.modules()):
+            if type(module).__name__ in (plain._no_split_modules or []):
                 fully_shard(module, mp_policy=precision)
-        fully_shard(policy, mp_policy=precision)
-    return policy
+        fully_shard(model, mp_policy=precision)
+    return model, plain
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -617,13 +635,16 @@ def completion_logits(
     return logits.float(), targets  # float32: bfloat16 would err by up to 0.1 nats a token
 
 
+def spread(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Put values of rows that follow one another into rows of their own, (N, max(lengths)), 0 behind each."""
+    inside = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(values.device)
+    return torch.zeros(inside.shape, device=values.device).masked_scatter(inside, values)
+
+
 def token_logps(model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """Log-probability of each completion token given all before it, (N, C) in float32, 0 behind the completion."""
     logits, targets = completion_logits(model, prompts, completions)
-    logps = -F.cross_entropy(logits, targets, reduction="none")
-    lengths = torch.tensor([[len(completion)] for completion in completions])
-    inside = (torch.arange(int(lengths.max())) < lengths).to(logps.device)  # (N, C)
-    return torch.zeros(inside.shape, device=logps.device).masked_scatter(inside, logps)
+    return spread(-F.cross_entropy(logits, targets, reduction="none"), list(map(len, completions)))
 
 
 def sequence_logps(model: torch.nn.Module, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
@@ -747,11 +768,8 @@ def load_annotator(run: Run) -> Annotator:
         instructions = [line.strip() for line in lines if line.strip()]
     if path == Args.annotator_name_or_path and not getattr(run.rollout.config, "cleanpo_toy", False):
         fail("the test bed's annotator cannot compare real text: give another as --annotator-name-or-path")
-    try:
-        kinds = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fail(f"--annotator-name-or-path {path}: {brief(error)}")
+    tokenizer = load_tokenizer(path)
+    kinds = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
     if any("SequenceClassification" in kind for kind in kinds or []):
         return Annotator(*load_judge(run, path), [])
     return Annotator(load_model(run, path, run.dtype), tokenizer, instructions)
@@ -878,16 +896,11 @@ def generate(run: Run, prompts: list[list[int]], temperature: float, seed: int) 
 
 def load_judge(run: Run, path: str) -> tuple[torch.nn.Module, Any]:
     """A reward model and its tokenizer."""
-    try:
-        options = {"dtype": run.dtype, "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        fail(f"judge {path}: {brief(error)}")
-    if info["missing_keys"] or model.config.num_labels != 1:
-        why = "has no score head" if info["missing_keys"] else f"has {model.config.num_labels} outputs"
+    model, missing = read_model(run, path, run.dtype, transformers.AutoModelForSequenceClassification)
+    if missing or model.config.num_labels != 1:
+        why = "has no score head" if missing else f"has {model.config.num_labels} outputs"
         fail(f"judge {path} {why}: a sequence classifier with one output is needed")
-    return model.to(run.device).eval(), tokenizer
+    return model, load_tokenizer(path)
 
 
 @torch.no_grad()
@@ -927,7 +940,7 @@ def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, 
     prompts, prompt_ids = zip(*run.eval_prompts, strict=True)
     responses = generate(run, prompt_ids, 1.0, run.args.seed)
     logratios = score(run, run.rollout, prompt_ids, responses)
-    if run.args.lora_rank > 0:
+    if run.args.lora_rank > 0 and run.rollout.get_base_model().name_or_path == run.args.model_name_or_path:
         with run.rollout.disable_adapter():
             logratios -= score(run, run.rollout, prompt_ids, responses)
     else:  # the initial model is in memory for the occasion only
@@ -1258,7 +1271,7 @@ def train(
 @readable_errors()
 def main(args: Args) -> None:
     run = start_run(args)
-    policy = load_policy(run)
+    policy = load_policy(run, args.model_name_or_path)
     # region method: procedure
     train_pairs, run.test_pairs = load_pairs(run, *read_splits(args))
     run.eval_prompts, run.epoch_pairs = load_eval_prompts(run, run.test_pairs), len(train_pairs)

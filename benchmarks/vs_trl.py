@@ -91,7 +91,7 @@ def choose_pairs(job: dict[str, Any], _: Path) -> dict[str, Any]:
     model = {"model_name_or_path": args.model_name_or_path, "dtype": args.dtype, "judge_name_or_path": None}
     flags = dpo.Args(**data, **model, seed=args.seed)
     run = dpo.start_run(flags)
-    dpo.load_policy(run)
+    dpo.load_policy(run, args.model_name_or_path)
     splits = dpo.read_splits(flags)
     fitting, rows = dpo.load_pairs(run, *splits)[0], splits[0]
     count = args.pairs_per_step * (args.warmup_steps + args.steps)

@@ -407,7 +407,7 @@ def spoilt(flags, tiny_copy, tmp_path):
 
 def test_loss_that_is_not_finite_stops_before_the_update(spoilt, monkeypatch):
     policies, load_policy = [], dpo.load_policy
-    monkeypatch.setattr(dpo, "load_policy", lambda run: policies.append(load_policy(run)) or policies[0])
+    monkeypatch.setattr(dpo, "load_policy", lambda *args: policies.append(load_policy(*args)) or policies[0])
     assert_error(spoilt, "step 1", "2", "5", "not finite", written=True)
     folder = dpo.Path(spoilt["output_dir"])
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, SCRIPTS_BY_TIER, SLOW_SCRIPTS, TOY, read_rows
+from conftest import SIBLINGS, SIBLINGS_BY_TIER, SLOW_SIBLINGS, TOY, read_rows
 from safetensors.torch import load_file
 from test_durable import (
     assert_same,
@@ -65,17 +65,17 @@ def processes_of(folder):
     return [line for line in lines if str(folder) in line]
 
 
-@pytest.mark.parametrize("name", SCRIPTS_BY_TIER)
+@pytest.mark.parametrize("name", SIBLINGS_BY_TIER)
 def test_two_processes_give_what_one_gives(name):
     assert_close(whole_run(name, processes=2), whole_run(name))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_two_processes_give_what_one_gives_with_lora(name):
     assert_close(whole_run(name, *LORA, processes=2), whole_run(name, *LORA))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_batches_that_do_not_divide(name):
     """15 pairs in batches of 7 leave one pair for two processes; micro-batches are few on one and many on the other."""
     flags = ["--dataset-name", data_folder(15), "--num-eval-prompts", 7, "--batch-size", 7, "--num-train-epochs", 1]
@@ -86,7 +86,7 @@ def test_batches_that_do_not_divide(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_resume_on_another_number_of_processes(name, flags):
     folder = copy_of(killed_run(name, *flags))
     ended = finish(name, folder, "--resume", *flags, processes=2)
@@ -102,7 +102,7 @@ def test_resume_on_another_number_of_processes(name, flags):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_kill_one_of_two(name, rank):
     """The other one ends too; on the same number of processes the run goes on bit for bit."""
     folder = new_folder()
@@ -115,7 +115,7 @@ def test_kill_one_of_two(name, rank):
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_signal_to_the_launcher(name, number):
     """torchrun passes it on, and all processes stop after the same step."""
     folder = new_folder()
@@ -129,7 +129,7 @@ def test_signal_to_the_launcher(name, number):
     assert_same(folder, whole_run(name, processes=2))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_clean_exit_every_time(name):
     for _ in range(5):
         folder = new_folder()
@@ -138,7 +138,7 @@ def test_clean_exit_every_time(name):
         assert processes_of(folder) == []
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_error_on_all_processes(name):
     folder = new_folder()
     ended = run(name, folder, "--dataset-name", data_folder(20, spoiled_row=5), processes=2)
@@ -157,7 +157,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_error_on_one_process(name, fault):
     folder, (rank, action) = new_folder(), FAULTS[fault]
     patch = f'if script.RANK == {rank}: at(optimisation, "clip_grad_norm_", 2, {action})'
@@ -169,7 +169,7 @@ def test_error_on_one_process(name, fault):
 
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_bfloat16(name, processes, flags):
     rows = metrics_of(whole_run(name, *flags, "--dtype", "bfloat16", processes=processes))
     assert all(math.isfinite(value) for row in rows for value in row.values())

@@ -13,12 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SCRIPTS_BY_TIER, SLOW_SCRIPTS, TOY, load_script, read_folder, read_rows, write_rows
+from conftest import (
+    ROOT,
+    SIBLINGS,
+    SIBLINGS_BY_TIER,
+    SLOW_SIBLINGS,
+    TOY,
+    load_script,
+    read_folder,
+    read_rows,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="cleanpo-")  # for runs that several tests look at
 FLAGS = "--num-train-epochs 2 --eval-steps 3 --num-eval-prompts 8 --max-new-tokens 16 --batch-size 8".split()
 OWN_FLAGS = {"spin": ["--num-iterations", "2", "--no-mix-previous"]}  # as few steps as the other scripts have
+OWN_FLAGS |= {"rlhf_ppo": ["--rollouts-per-step", "8", "--ppo-epochs", "2"]}
 
 # A script with a fault: `at` does something before a call, `about` counts only the calls with such a path.
 PATCHED = """
@@ -154,7 +165,7 @@ def error_line(ended):
     return lines[0]
 
 
-@pytest.mark.parametrize("name", SCRIPTS_BY_TIER)
+@pytest.mark.parametrize("name", SIBLINGS_BY_TIER)
 def test_kill_in_the_second_epoch(name):
     folder = copy_of(killed_run(name))
     ended = finish(name, folder, "--resume")
@@ -222,7 +233,7 @@ at(script, "append_rows", 0, torn, about="metrics.jsonl")
 
 
 @pytest.mark.parametrize("when", KILLS)
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_kill_again_and_again(name, when):
     folder, flags = new_folder(), ["--resume", "--save-steps", "2"]
     for patch, kept in KILLS[when]:
@@ -233,7 +244,7 @@ def test_kill_again_and_again(name, when):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_damaged_checkpoints_are_not_used(name):
     folder = copy_of(killed_run(name))
     damaged = [Path(shutil.copytree(folder / "checkpoint-4", folder / f"checkpoint-{step}")) for step in range(5, 10)]
@@ -253,12 +264,12 @@ def test_damaged_checkpoints_are_not_used(name):
     assert checkpoints(folder) == ["checkpoint-6"]
 
 
-@pytest.mark.parametrize("name", SCRIPTS_BY_TIER)
+@pytest.mark.parametrize("name", SIBLINGS_BY_TIER)
 def test_sigterm_saves(name):
     stop_and_go_on(name, "terminate", 143, step=2)
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_interrupt_saves(name):
     stop_and_go_on(name, "interrupt", 130, step=5)
 
@@ -276,7 +287,7 @@ def stop_and_go_on(name, action, status, step):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_signals_at_other_moments(name):
     """Before the training there is nothing to save; a second signal does not wait; the last step's is not lost."""
     folder = new_folder()
@@ -292,7 +303,7 @@ def test_signals_at_other_moments(name):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_stored_reference_is_used(name):
     folder = copy_of(killed_run(name))
     files = list(folder.glob("*.safetensors"))
@@ -310,7 +321,7 @@ def test_stored_reference_is_used(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_lost_reference_is_that_of_the_initial_model(name):
     folder = copy_of(killed_run(name))
     stored = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
@@ -340,7 +351,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_small_disk(name, small_disk):
     size = sum(map(len, read_folder(killed_run(name) / "checkpoint-4").values()))
     folder, flags = small_disk(int(1.2 * size)) / "run", ["--resume", "--save-steps", "2"]
@@ -380,7 +391,7 @@ at(script.transformers.PreTrainedTokenizerBase, "save_pretrained", 1, full_too)
 }
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_full_disk(name):
     """Wherever the disk becomes full, the last checkpoint stays and the run goes on when there is room."""
     folder, flags, kept = new_folder(), ["--resume", "--save-steps", "2"], 0
@@ -394,7 +405,7 @@ def test_full_disk(name):
     assert_same(folder, whole_run(name))
 
 
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_a_loss_that_is_not_finite_stops_the_run(name):
     folder = copy_of(killed_run(name))
     file = folder / "checkpoint-4" / "tensors.safetensors"

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import SCRIPTS, SLOW_SCRIPTS, TOY, read_rows
+from conftest import SIBLINGS, SLOW_SIBLINGS, TOY, read_rows
 from safetensors.torch import load_file
 from test_distributed import LORA, assert_close
 from test_durable import assert_same, copy_of, data_folder, finish, killed_run, metrics_of, new_folder, whole_run
@@ -59,7 +59,7 @@ def tokenizer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_saved_adapter_gives_the_numbers_of_the_evaluation(name, base, tokenizer):
     peft = pytest.importorskip("peft")
     folder = new_folder()
@@ -88,7 +88,7 @@ def test_saved_adapter_gives_the_numbers_of_the_evaluation(name, base, tokenizer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name in ("dpo", "ipo")])
+@pytest.mark.parametrize("name", [name for name in SIBLINGS if name in ("dpo", "ipo")])
 def test_reference_is_the_model_without_the_adapter(name, base, tokenizer):
     folder, logps = whole_run(name, *LORA), []
     rows = read_rows(data_folder() / "train.jsonl") + read_rows(data_folder() / "test.jsonl")
@@ -100,7 +100,7 @@ def test_reference_is_the_model_without_the_adapter(name, base, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_lost_reference_is_that_of_the_initial_model(name):
     folder = copy_of(killed_run(name, *LORA))
     for file in folder.glob("*.safetensors"):
@@ -110,6 +110,6 @@ def test_lost_reference_is_that_of_the_initial_model(name):
 
 
 @pytest.mark.parametrize("flags", [[], LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_gradient_checkpointing_changes_no_result(name, flags):
     assert_close(whole_run(name, *flags, "--gradient-checkpointing"), whole_run(name, *flags))

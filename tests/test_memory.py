@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 import transformers
-from conftest import SLOW_SCRIPTS, TOY, write_rows
+from conftest import SLOW_SIBLINGS, TOY, write_rows
 from test_durable import finish, new_folder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
@@ -49,7 +49,7 @@ def pair_of(prompt_tokens, completion_tokens):
 
 
 @pytest.mark.parametrize("flag, limit", [("--no-gradient-checkpointing", 4.8e9), ("--gradient-checkpointing", 3.5e9)])
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_peak_of_a_model_of_real_size(name, flag, limit, model):
     folder = new_folder()
     write_rows(folder.parent / "data" / "train.jsonl", [pair_of(64, 448)])
@@ -64,7 +64,7 @@ def test_peak_of_a_model_of_real_size(name, flag, limit, model):
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora-rank", 4]], ids=["full", "lora"])
-@pytest.mark.parametrize("name", SLOW_SCRIPTS)
+@pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_nothing_grows(name, flags):
     """30 steps with the same pairs, with evaluations and checkpoints."""
     folder = new_folder()

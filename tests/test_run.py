@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SCRIPTS_BY_TIER, TOY, load_script, read_folder, read_rows, run_script, text_pairs, write_rows
+from conftest import (
+    ROOT,
+    SIBLINGS_BY_TIER,
+    TOY,
+    load_script,
+    read_folder,
+    read_rows,
+    run_script,
+    text_pairs,
+    write_rows,
+)
 
 dpo = load_script("dpo")
 
@@ -68,7 +78,7 @@ def names_of(rows, prefix):
 # === What a run leaves ===
 
 
-@pytest.mark.parametrize("name", SCRIPTS_BY_TIER)
+@pytest.mark.parametrize("name", SIBLINGS_BY_TIER)
 def test_folder_of_a_run(run_toy, name):
     folder = run_toy(name)
     files = {path.name for path in folder.iterdir()}
@@ -86,7 +96,7 @@ def test_reference_is_stored(run_toy):
     assert (run_toy() / "reference_logps.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", SCRIPTS_BY_TIER)
+@pytest.mark.parametrize("name", SIBLINGS_BY_TIER)
 def test_metrics(run_toy, name):
     rows = [row for row in metrics_of(run_toy(name)) if names_of([row], "train/") or names_of([row], "eval/")]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}) and rows[0]["step"] == 0
@@ -99,7 +109,7 @@ def test_metrics(run_toy, name):
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
-@pytest.mark.parametrize("name", SCRIPTS_BY_TIER)
+@pytest.mark.parametrize("name", SIBLINGS_BY_TIER)
 def test_initial_model_is_compared_with_itself_first(run_toy, name):
     first = metrics_of(run_toy(name))[0]
     assert first["eval/kl"] == 0 and first["eval/win_rate"] == 0.5 and first["eval/win_rate_ci95"] == 0
