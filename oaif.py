@@ -187,6 +187,7 @@ class Run:
     checkpoint: Path | None = None  # to go on from
     tracker: Any = None  # of Weights & Biases
     method_metrics: dict[str, float] = field(default_factory=dict)  # of the method alone, for the next logged row
+    signals: list[int] = field(default_factory=list)  # that ask the run to stop after its next step
     epoch_pairs: int = 1
     step: int = 0
     pairs: int = 0
@@ -1223,9 +1224,9 @@ def train(
         run.checkpoint = None
     elif run.step == 0:
         log(run, evaluate(run, policy, loss_fn))
-    signals, clock = [], time.perf_counter()
+    clock = time.perf_counter()
     for number in (signal.SIGTERM, signal.SIGINT):  # a second signal ends the run at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if signals else signals.append(number))
+        signal.signal(number, lambda number, _: os._exit(128 + number) if run.signals else run.signals.append(number))
     bar = tqdm(total=last_step, initial=run.step, desc="training", mininterval=1, disable=RANK > 0)
     while run.step < last_step:
         start, pairs = time.perf_counter(), pairs_at(run.step - first_step)
@@ -1258,7 +1259,7 @@ def train(
         metrics |= {"progress/seconds": run.seconds, "perf/peak_memory_gb": peak_memory(run.device) / 2**30}
         if "eval/kl" in metrics or run.step == 1 or run.step % args.logging_steps == 0:
             log(run, metrics)
-        stop = sum(gather({RANK: signals[:1]}, WORLD_SIZE), [])  # of any process
+        stop = sum(gather({RANK: run.signals[:1]}, WORLD_SIZE), [])  # of any process
         if stop or (args.save_steps and (run.step % args.save_steps == 0 or run.step == last_step)):
             save_checkpoint(run, {"policy": policy}, optimizer)
         if stop:

@@ -188,6 +188,7 @@ class Run:
     checkpoint: Path | None = None  # to go on from
     tracker: Any = None  # of Weights & Biases
     method_metrics: dict[str, float] = field(default_factory=dict)  # of the method alone, for the next logged row
+    signals: list[int] = field(default_factory=list)  # that ask the run to stop after its next step
     epoch_pairs: int = 1
     step: int = 0
     pairs: int = 0
@@ -831,9 +832,9 @@ def run_stage(
         optimizer.zero_grad()
         return norms[0]
 
-    signals, clock = [], time.perf_counter()
+    clock = time.perf_counter()
     for number in (signal.SIGTERM, signal.SIGINT):  # a second signal ends the run at once
-        signal.signal(number, lambda number, _: os._exit(128 + number) if signals else signals.append(number))
+        signal.signal(number, lambda number, _: os._exit(128 + number) if run.signals else run.signals.append(number))
     bar = tqdm(total=last_step, initial=run.step, desc="training", mininterval=1, disable=RANK > 0)
     while run.step < last_step:
         start = time.perf_counter()
@@ -851,7 +852,7 @@ def run_stage(
         metrics |= {"progress/seconds": run.seconds, "perf/peak_memory_gb": peak_memory(run.device) / 2**30}
         if measured or run.step == 1 or run.step % args.logging_steps == 0:
             log(run, metrics | measured)
-        stop = sum(gather({RANK: signals[:1]}, WORLD_SIZE), [])  # of any process
+        stop = sum(gather({RANK: run.signals[:1]}, WORLD_SIZE), [])  # of any process
         if stop or (args.save_steps and (run.step % args.save_steps == 0 or run.step == last_step)):
             save_checkpoint(run, modules, optimizer)
         if stop:
@@ -1083,9 +1084,9 @@ def roll_out(
     *known, scores = zip(*gather(rows, len(prompts)), strict=True)
     logps, ref_logps, values, mask = map(join_rows, (*known, [[1.0] * len(answer) for answer in answers]))
     ended = torch.tensor([answer[-1] in run.stop_ids for answer in answers])
-    scores = torch.where(ended, torch.tensor(scores), args.missing_eos_score)
-    rewards = -kl_coef * (logps - ref_logps)
-    rewards[torch.arange(len(answers)), mask.sum(1).long() - 1] += scores  # on the last token, which is the EOS
+    scores = torch.where(ended, torch.tensor(scores), args.missing_eos_score)  # in its place, not added to it
+    rewards = -kl_coef * (logps - ref_logps)  # k1, token by token
+    rewards[torch.arange(len(answers)), mask.sum(1).long() - 1] += scores  # on the last token, as a rule the EOS
     advantages, returns = estimate_advantages(rewards, values, args.gamma, args.gae_lambda)
     metrics = {
         "method/kl": (logps - ref_logps).sum(1).mean().item(),

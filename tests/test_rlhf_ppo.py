@@ -471,12 +471,16 @@ def test_killed_runs_go_on_in_their_stage(when, steps):
     assert_same(folder, whole_run("rlhf_ppo", *flags))
 
 
+SIGNALS = {f'at(optimisation, "clip_grad_norm_", {call}, terminate)': last + 1 for call, last in CLIP_CALLS.values()}
+SIGNALS['at(script, "save_stage", 1, terminate)'] = 4  # between the stages: the next step is the last
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("when", CLIP_CALLS)
-def test_signals(when):
-    folder, (call, last) = new_folder(), CLIP_CALLS[when]
-    stopped = run("rlhf_ppo", folder, patch=f'at(optimisation, "clip_grad_norm_", {call}, terminate)')
-    assert stopped.returncode == 128 + signal.SIGTERM and checkpoints(folder) == [f"checkpoint-{last + 1}"]
+@pytest.mark.parametrize("patch, last", SIGNALS.items())
+def test_signals(patch, last):
+    folder = new_folder()
+    stopped = run("rlhf_ppo", folder, patch=patch)
+    assert stopped.returncode == 128 + signal.SIGTERM and checkpoints(folder) == [f"checkpoint-{last}"]
     assert f"--resume --output-dir {folder}" in stopped.stdout
     finish("rlhf_ppo", folder, "--resume")
     assert_same(folder, whole_run("rlhf_ppo"))

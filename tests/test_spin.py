@@ -194,10 +194,17 @@ def test_killed_runs_go_on_in_their_iteration(when, steps):
     assert_same(folder, whole_run("spin", *flags))
 
 
+SIGNALS = {
+    'at(script, "play", 3, terminate)': "checkpoint-7",  # between the iterations: the next step is the last
+    'at(optimisation, "clip_grad_norm_", 9, terminate)': "checkpoint-9",
+}
+
+
 @pytest.mark.slow
-def test_stopped_in_iteration_1():
+@pytest.mark.parametrize("patch, checkpoint", SIGNALS.items())
+def test_stopped_in_iteration_1(patch, checkpoint):
     folder, flags = new_folder(), ("--mix-previous",)
-    stopped = run("spin", folder, *flags, patch='at(optimisation, "clip_grad_norm_", 9, terminate)')
-    assert stopped.returncode == 128 + signal.SIGTERM and checkpoints(folder) == ["checkpoint-9"]
+    stopped = run("spin", folder, *flags, patch=patch)
+    assert stopped.returncode == 128 + signal.SIGTERM and checkpoints(folder) == [checkpoint]
     finish("spin", folder, *flags, "--resume")
     assert_same(folder, whole_run("spin", *flags))
