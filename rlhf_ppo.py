@@ -1550,7 +1550,9 @@ def main(args: Args) -> None:
         plan_batches(Args(**asdict(args) | {"num_train_epochs": epochs}), train_pairs)
         for epochs in (args.sft_epochs, args.reward_epochs)
     )
-    batches = plan_batches(Args(**asdict(args) | {"batch_size": args.rollouts_per_step}), train_pairs)
+    short = [pair for pair in train_pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions]
+    say(f"{len(train_pairs) - len(short)} prompts leave no room for an answer of {args.max_new_tokens} tokens")
+    batches = plan_batches(Args(**asdict(args) | {"batch_size": args.rollouts_per_step}), short)
     if sft_batches:
         say(f"stage 1: SFT, learning rate {rates[0]:g}, {len(sft_batches)} steps of {args.batch_size}")
         sft_path = train_sft(run, policy, sft_batches, rates[0], partial(measure, policy))
