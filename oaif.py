@@ -769,14 +769,13 @@ def load_annotator(run: Run) -> Annotator:
         instructions = [line.strip() for line in lines if line.strip()]
     if path == Args.annotator_name_or_path and not getattr(run.rollout.config, "cleanpo_toy", False):
         fail("the test bed's annotator cannot compare real text: give another as --annotator-name-or-path")
-    tokenizer = load_tokenizer(path)
     try:
         kinds = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
     except (OSError, ValueError) as error:
         fail(f"--annotator-name-or-path {path}: {brief(error)}")
     if any("SequenceClassification" in kind for kind in kinds or []):
         return Annotator(*load_judge(run, path), [])
-    return Annotator(load_model(run, path, run.dtype), tokenizer, instructions)
+    return Annotator(load_model(run, path, run.dtype), load_tokenizer(path), instructions)
 
 
 @torch.no_grad()
