@@ -48,7 +48,8 @@ def pair_of(prompt_tokens, completion_tokens):
     return pair
 
 
-@pytest.mark.parametrize("flag, limit", [("--no-gradient-checkpointing", 4.8e9), ("--gradient-checkpointing", 3.5e9)])
+# Runs differ by 0.1 GB or more; one more copy of the weights would add 0.54.
+@pytest.mark.parametrize("flag, limit", [("--no-gradient-checkpointing", 4.8e9), ("--gradient-checkpointing", 3.8e9)])
 @pytest.mark.parametrize("name", SLOW_SIBLINGS)
 def test_peak_of_a_model_of_real_size(name, flag, limit, model):
     folder = new_folder()
