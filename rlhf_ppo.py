@@ -111,14 +111,14 @@ class Args:
     save_steps: int = 0  # steps between checkpoints; 0 = only on SIGTERM and Ctrl-C
 
     # region method: args
-    # --- SFT, reward model, PPO; --num-train-epochs counts passes over PPO's prompts, --max-steps limits each stage ---
-    sft_epochs: int = 1  # passes over the chosen answers in stage 1; 0 = no stage 1
+    # --- SFT, reward model, PPO ---
+    sft_epochs: int = 1  # passes over the chosen answers in stage 1; 0 = no stage 1; --max-steps limits each stage
     sft_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
     reward_model_name_or_path: str | None = None  # reward model with the policy's vocabulary; None = train one
     reward_epochs: int = 1  # passes over the pairs in stage 2
     reward_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
     learning_rate: float | None = None  # of PPO; None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
-    rollouts_per_step: int = 128  # prompts to answer in each step of PPO
+    rollouts_per_step: int = 128  # prompts to answer in each step of PPO; --num-train-epochs is the passes over them
     rollout_temperature: float = 1.0  # of the answers, and of PPO's log-probabilities; Huang et al. have 0.7
     ppo_epochs: int = 4  # updates on the answers of each step
     kl_coef: float = 0.05  # price of a nat of KL divergence to the reference

@@ -123,3 +123,39 @@ def test_stage_2_of_pre_dpo(tiny_model, tmp_path):
     theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order, tmp_path / "pre_dpo" / "guide")[1]
     assert len(ours) == 6 and abs(ours[3]["train/loss"] - 0.6931) > 0.01
     assert_equal(ours[3:], theirs)
+
+
+def assert_stage_equal(ours, theirs, accuracy=None):
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert a[f"train/{name}"] == pytest.approx(float(b[name]), rel=1e-4, abs=1e-6), (name, json.dumps(b))
+        if accuracy:
+            assert a["method/reward_accuracy"] == pytest.approx(float(b[accuracy]))
+    assert ours[0]["train/loss"] - ours[2]["train/loss"] > 0.01
+
+
+def test_sft_of_rlhf(tiny_model, tmp_path):
+    path, (flags, options) = tiny_model(), settings(4, tmp_path, adam_epsilon=1e-5, completion_only_loss=True)
+    stage = {"sft_epochs": 3, "sft_learning_rate": flags.pop("learning_rate")}
+    ours, order = run_ours("rlhf_ppo", path, text_pairs(8), tmp_path, **flags, **stage)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in order]
+    assert_stage_equal(ours[:3], run_theirs(trl.SFTTrainer, trl.SFTConfig(**options), path, rows)[1])
+
+
+def test_reward_model_of_rlhf(tiny_model, tmp_path):
+    rlhf = load_script("rlhf_ppo")
+    path, (flags, options) = tiny_model(), settings(4, tmp_path, adam_epsilon=1e-5)
+    stage = {"sft_epochs": 0, "reward_epochs": 3, "reward_learning_rate": flags.pop("learning_rate")}
+    ours, order = run_ours("rlhf_ppo", path, text_pairs(8), tmp_path, **flags, **stage)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    run = rlhf.Run(rlhf.Args(), tmp_path, torch.device("cpu"), torch.float32, 2048, tokenizer, [0])
+    trainer = trl.RewardTrainer(
+        rlhf.load_scorer(run, path, torch.float32),  # with the same new head
+        args=trl.RewardConfig(**options),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(order),
+    )
+    trainer.train()
+    theirs = [row for row in trainer.state.log_history if "loss" in row]
+    assert_stage_equal(ours[:3], theirs, accuracy="accuracy")
