@@ -843,7 +843,8 @@ def run_stage(
         metrics = take_step(run.step - first_step, update)
         run.step += 1
         metrics |= {"perf/tokens_per_second": metrics.pop("tokens") / (time.perf_counter() - start)}
-        metrics |= {"train/learning_rate": optimizer.param_groups[0]["lr"], "progress/pairs": run.pairs}
+        metrics |= {"train/learning_rate": optimizer.param_groups[0]["lr"]}
+        metrics |= {"progress/epoch": run.pairs / run.epoch_pairs, "progress/pairs": run.pairs}
         bar.set_postfix(loss=metrics["train/loss"], refresh=False)
         bar.update()
         measured = measure() if run.step % args.eval_steps == 0 or run.step == last_step else {}
@@ -933,6 +934,13 @@ def load_scorer(run: Run, path: str, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
+def make_scorer(run: Run, path: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model with a scalar head to be trained, and its plain copy."""
+    model = load_scorer(run, path, torch.float32)
+    plain = load_scorer(run, path, run.dtype) if dist.is_initialized() else model
+    return make_trainable(run, model, plain, "SEQ_CLS")
+
+
 def token_scores(model: torch.nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
     """What a scalar head says before each answer token and after the last, (N, C + 1) in float32, 0 behind that."""
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -985,9 +993,7 @@ def judge_tokenizer(run: Run) -> Any:
 
 def train_reward_model(run: Run, path: str, batches: list[list[Pair]], learning_rate: float) -> str:
     """A reward model that starts from the model at a path. Gives the result's folder."""
-    model = load_scorer(run, path, torch.float32)
-    plain = load_scorer(run, path, run.dtype) if dist.is_initialized() else model
-    model, plain = make_trainable(run, model, plain, "SEQ_CLS")
+    model, plain = make_scorer(run, path)
 
     def take_step(k: int, update: Callable) -> dict[str, float]:
         losses, margins = compare(run, model, batches[k])
@@ -1133,9 +1139,8 @@ def train_ppo(
     """The policy after PPO on the pairs' prompts."""
     args, policy = run.args, load_policy(run, sft_path)
     reference = run.rollout if args.lora_rank > 0 else load_model(run, sft_path, run.dtype)
-    value_model, reward_model = (load_scorer(run, reward_path, dtype) for dtype in (torch.float32, run.dtype))
+    value_model, reward_model = make_scorer(run, reward_path)[0], load_scorer(run, reward_path, run.dtype)
     shift = find_shift(run, reward_model, [pair.prompt_ids for batch in batches for pair in batch][:256])
-    value_model, _ = make_trainable(run, value_model, reward_model if dist.is_initialized() else value_model, "SEQ_CLS")
     models = {"policy": policy, "value_model": value_model, "reference": reference, "reward_model": reward_model}
     kl_coef = torch.nn.Parameter(torch.tensor(args.kl_coef))  # no gradient ever reaches it, but checkpoints hold it
 
@@ -1535,7 +1540,7 @@ def main(args: Args) -> None:
     policy = load_policy(run, args.model_name_or_path)
     # region method: procedure
     train_pairs, run.test_pairs = load_pairs(run, *read_splits(args))
-    run.eval_prompts = load_eval_prompts(run, run.test_pairs)
+    run.eval_prompts, run.epoch_pairs = load_eval_prompts(run, run.test_pairs), len(train_pairs)
     sft_path, reward_path = args.model_name_or_path, args.reward_model_name_or_path
     if reward_path and load_judge(run, reward_path)[1].get_vocab() != run.tokenizer.get_vocab():
         fail(f"--reward-model-name-or-path {reward_path} has another vocabulary than the policy")
