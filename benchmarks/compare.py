@@ -567,7 +567,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def runs_table(results: dict[str, Any], names: list[str]) -> str:
     """The runs' values; (n) after a name is the number of seeds where it is not all of them."""
     rows = []
-    for name, run in ((name, results["runs"][name]) for name in names):
+    for name, run in ((name, results["runs"][name]) for name in names if results["runs"][name]["seeds"]):
         mark = f" ({len(run['seeds'])})" if len(run["seeds"]) < len(results["seeds"]) else ""
         cells = [number(run.get(metric), digits) for metric, (_, digits) in METRICS.items()]
         rows.append([f"{name}{mark}", cells[0], number(run.get("judge_score_less_dpo"), 2, "+"), *cells[1:]])
