@@ -798,6 +798,20 @@ def total_lengths(prompts: list[list[int]], answers: list[list[int]]) -> list[in
     return [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+def apply_gradients(
+    run: Run, optimizer: torch.optim.Optimizer, trained: list[list[torch.Tensor]], learning_rate: float
+) -> float:
+    """Clip the gradients of each module's weights, update all, and give the norm of the first module's."""
+    norms = [full_tensor(torch.nn.utils.clip_grad_norm_(weights, run.args.max_grad_norm)).item() for weights in trained]
+    if not all(map(math.isfinite, norms)):
+        fail(f"step {run.step + 1}: a gradient is not finite; it was not used and checkpoints are kept")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norms[0]
+
+
 def run_stage(
     run: Run,
     modules: dict[str, torch.nn.Module],
@@ -812,9 +826,8 @@ def run_stage(
     evaluations. A resumed run enters at its checkpoint, and passes by the stages that it has behind it.
     """
     args, first_step, last_step = run.args, run.step, run.step + num_steps
-    trained = {name: [w for w in module.parameters() if w.requires_grad] for name, module in modules.items()}
-    weights = sum(trained.values(), [])
-    optimizer = torch.optim.AdamW(weights, learning_rate, (0.9, 0.999), 1e-5, args.weight_decay, fused=True)
+    trained = [[weight for weight in module.parameters() if weight.requires_grad] for module in modules.values()]
+    optimizer = torch.optim.AdamW(sum(trained, []), learning_rate, (0.9, 0.999), 1e-5, args.weight_decay, fused=True)
     if run.checkpoint:
         if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:
             run.step = last_step
@@ -823,14 +836,8 @@ def run_stage(
         run.checkpoint = None
 
     def update() -> float:
-        norms = [full_tensor(torch.nn.utils.clip_grad_norm_(w, args.max_grad_norm)).item() for w in trained.values()]
-        if not all(map(math.isfinite, norms)):
-            fail(f"step {run.step + 1}: a gradient is not finite; it was not used and checkpoints are kept")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(args, run.step - first_step, num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norms[0]
+        factor = schedule(args, run.step - first_step, num_steps)
+        return apply_gradients(run, optimizer, trained, learning_rate * factor)
 
     clock = time.perf_counter()
     for number in (signal.SIGTERM, signal.SIGINT):  # a second signal ends the run at once

@@ -394,7 +394,6 @@ def test_stages_start_from_each_other_s_results(flags, monkeypatch):
 def test_shift_brings_the_sft_model_s_answers_to_0(flags):
     rlhf.main(rlhf.Args(**flags | {"rollouts_per_step": 8}, max_steps=1))
     folder = rlhf.Path(flags["output_dir"])
-    (row,) = [row for row in read_rows(folder / "metrics.jsonl") if "method/kl" in row]
     run, _ = run_of(flags, output_dir=str(folder.parent / "again"), model_name_or_path=str(folder / "sft"))
     prompts = [pair.prompt_ids for pair in rlhf.plan_batches(rlhf.Args(batch_size=8), run_pairs(run))[0]]
     answers = rlhf.generate(run, prompts, 1.0, 1)
@@ -404,7 +403,6 @@ def test_shift_brings_the_sft_model_s_answers_to_0(flags):
     with torch.no_grad():
         scores = [naive_scores(model.eval(), p, a)[-1].item() for p, a in zip(prompts, answers, strict=True)]
     assert json.loads((folder / "reward_shift.json").read_text()) == pytest.approx(sum(scores) / 8, abs=1e-4)
-    assert abs(row["method/reward_model_score"]) < 10
 
 
 def run_pairs(run):
