@@ -10,16 +10,18 @@ initial policy throughout. With y_w the preferred and y_l the other answer:
     ipo:   (h - 1/(2 beta))^2          beta 1
     slic:  max(0, 1 - beta h)          beta 0.002
 
-The annotator is a causal language model that is asked (ANNOTATOR_PROMPT) and whose probabilities of "1" and "2" are
-compared, in both orders of the answers, averaged, and averaged over --principles. Any chat model will do, of any
-vocabulary. A sequence classifier is taken too: a reward model, which reads no instruction. Pairs without a preference
-are dropped. All pairs go to annotated.jsonl, to train other scripts on; --learning-rate 0 only annotates.
+The annotator is a causal language model of any vocabulary. It is asked ANNOTATOR_PROMPT with the answers in both
+orders; the probabilities of the replies "1" and "2" are normalised and averaged over the orders and over --principles.
+A reward model (sequence classifier) serves as well, but reads no instruction. Ties and equal answers are dropped; the
+other pairs go to annotated.jsonl, a data set for the other scripts. --learning-rate 0 only annotates.
 
-In memory are the policy, the reference (with LoRA: none) and the annotator, the two latter whole on each device in the
-compute dtype. A step costs sampling, two questions a pair and principle, and a second forward for the reference.
+Of the data only prompts are trained on, but rows need `chosen` and `rejected`, on which eval/loss and rewards/* are
+measured, and which count for --max-length. In memory are the policy, the reference (with LoRA: none) and the annotator,
+the latter two whole on each device in the compute dtype.
 
-Where sources differ (there is no official code), this script takes AdamW (paper: Adafactor), 64 prompts a step (128),
-warm-up over 10 % (150 steps), learning rate 5e-7, and log-probabilities at temperature 1 though it samples at 0.9.
+Learning rate, betas, temperature 0.9 and both orders are the paper's, which has no public code. Unlike it, this script
+takes AdamW (paper: Adafactor), 64 prompts a step (128), warm-up over 10 % (150 steps), linear decay and a question of
+its own; log-probabilities are those at temperature 1.
 
     python oaif.py                                 # the built-in test bed, some minutes on two CPU cores
     python oaif.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized \
@@ -58,7 +60,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # Shapes: B pairs, N = 2B sequences, T tokens, C completion tokens, V vocabulary.
-# What stands outside `# region method` ... `# endregion` is the same in all scripts of this project.
+# Everything outside `# region method` ... `# endregion` is the same in all scripts (rlhf_ppo.py: but for train).
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -148,7 +150,7 @@ FREE_ON_RESUME += ["save_steps", "logging_steps"]
 
 def fail(message: str) -> NoReturn:
     """End the run with one line on stderr and exit status 1."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(getattr(tqdm, "_instances", ())):  # private: tqdm has no public list of open bars
         bar.close()  # its line ends, so that the message has one of its own
     if RANK > 0:
         time.sleep(5)  # rank 0 speaks first, since torchrun ends all processes when one has failed
@@ -180,7 +182,7 @@ class Run:
     micro_batch_tokens: int
     tokenizer: Any
     stop_ids: list[int] = field(default_factory=list)
-    positions: int = sys.maxsize  # of the policy
+    positions: int = sys.maxsize  # most tokens that the policy can read
     rollout: Any = None  # plain model that is given the policy's weights, for sampling and scoring
     test_pairs: list = field(default_factory=list)
     eval_prompts: list = field(default_factory=list)  # (prompt as read, its token ids)
@@ -188,10 +190,10 @@ class Run:
     tracker: Any = None  # of Weights & Biases
     method_metrics: dict[str, float] = field(default_factory=dict)  # of the method alone, for the next logged row
     signals: list[int] = field(default_factory=list)  # that ask the run to stop after its next step
-    epoch_pairs: int = 1
+    epoch_pairs: int = 1  # training pairs of an epoch
     step: int = 0
-    pairs: int = 0
-    seconds: float = 0.0
+    pairs: int = 0  # trained on so far
+    seconds: float = 0.0  # of training and evaluation so far
 
 
 def check_args(args: Args) -> None:
@@ -246,7 +248,7 @@ def start_run(args: Args) -> Run:
     tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 2048)
     run = Run(args, folder, device, torch.bfloat16 if half else torch.float32, tokens, tokenizer)
     if (folder / "args.json").exists():
-        take_up(run)
+        find_checkpoint(run)
     barrier()
     return run
 
@@ -365,7 +367,8 @@ def split_row(row: dict, chat: bool) -> tuple[Any, Any, Any] | None:
         same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
         prompt = chosen[: [*same, False].index(False)]
     chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
-    return (prompt, chosen, rejected) if prompt and chosen[0]["role"] == rejected[0]["role"] == "assistant" else None
+    answered = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+    return (prompt, chosen, rejected) if prompt and answered else None
 
 
 def apply_template(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -446,8 +449,8 @@ def load_pairs(
     if not train_pairs or not test_pairs:
         fail(f"--dataset-name {name}: no pair is left to {'test' if train_pairs else 'train'} on")
     lengths = sorted(map(len, train_pairs))
-    half, most, all_of_them = (lengths[len(lengths) * share // 101] for share in (50, 95, 100))
-    say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {all_of_them}")
+    half, most = lengths[(len(lengths) - 1) // 2], lengths[(len(lengths) - 1) * 95 // 100]
+    say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {lengths[-1]}")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         text = run.tokenizer.decode(getattr(train_pairs[0], name))
         say(f"  the first pair's {name}: {text if len(text) <= 400 else f'{text[:300]} [...] {text[-60:]}'!r}")
@@ -678,9 +681,9 @@ class PairBatch(NamedTuple):
 
 
 def score_pairs(run: Run, model: torch.nn.Module, pairs: list[Pair], loss_fn: Callable) -> dict[str, torch.Tensor]:
-    """Loss and metrics of each pair, (len(pairs),); where gradients are on, adds that of the mean loss to the weights'.
+    """Loss and metrics of each pair, (len(pairs),). With gradients enabled it also backpropagates the mean loss.
 
-    All devices share the work in micro-batches; the result does not depend on how.
+    The devices share the work in micro-batches; how these are cut changes the result by rounding alone.
     """
     plans = [cut_by_length(list(map(len, pairs)), 2, run.micro_batch_tokens, rank) for rank in range(WORLD_SIZE)]
     groups, values = plans[RANK], []
@@ -710,12 +713,16 @@ def add_reference(run: Run, model: torch.nn.Module, batches: list[list[Pair]], n
     The batches are those of the training: with the same micro-batches the rounding is the same too, and the margins of
     a policy that is still the reference are exactly 0.
     """
-    file, logps = run.folder / f"{name}.safetensors", {}
+    file, logps = run.folder / f"{name}.safetensors", {}  # by id, since pairs come again in later epochs
+
+    def only_logps(batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return batch.chosen_logps, {"rejected": batch.rejected_logps}  # in place of losses and metrics
+
     if not file.exists():
         for batch in tqdm(batches, "reference", leave=False, disable=RANK > 0 or None):
             pairs = [pair for pair in batch if id(pair) not in logps]
             if pairs:
-                table = score_pairs(run, model, pairs, lambda known: (known.chosen_logps, {"": known.rejected_logps}))
+                table = score_pairs(run, model, pairs, only_logps)
                 logps |= zip(map(id, pairs), torch.stack(list(table.values()), dim=1), strict=True)
         if RANK == 0:
             save_file({"chosen_rejected": torch.stack(list(logps.values()))}, f"{file}.tmp")
@@ -767,7 +774,8 @@ def load_annotator(run: Run) -> Annotator:
             fail(f"--principles {args.principles}: no such file")
         lines = Path(args.principles).expanduser().read_text(encoding="utf-8").splitlines()
         instructions = [line.strip() for line in lines if line.strip()]
-    if path == Args.annotator_name_or_path and not getattr(run.rollout.config, "cleanpo_toy", False):
+    toy = getattr(run.rollout.config, "cleanpo_toy", False)
+    if path == Args.annotator_name_or_path and not toy:
         fail("the test bed's annotator cannot compare real text: give another as --annotator-name-or-path")
     try:
         kinds = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
@@ -775,6 +783,8 @@ def load_annotator(run: Run) -> Annotator:
         fail(f"--annotator-name-or-path {path}: {brief(error)}")
     if any("SequenceClassification" in kind for kind in kinds or []):
         return Annotator(*load_judge(run, path), [])
+    if instructions == [Args.annotator_instruction] and not toy:
+        fail("the test bed's instruction is about reviews: give another as --annotator-instruction, or --principles")
     return Annotator(load_model(run, path, run.dtype), load_tokenizer(path), instructions)
 
 
@@ -783,10 +793,9 @@ def ask(run: Run, annotator: Annotator, questions: list[str]) -> torch.Tensor:
     """Probability of the reply "1" rather than "2" to each question, (N,) on the CPU."""
     rows, tokenizer, probs = [], annotator.tokenizer, {}
     for question in questions:
-        text = question + "\n"
-        if tokenizer.chat_template:
-            text = apply_template(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-        one, two = tokenizer([text.removeprefix(tokenizer.bos_token or "") + reply for reply in "12"]).input_ids
+        prompt = [{"role": "user", "content": question}] if tokenizer.chat_template else question + "\n"
+        text = render(tokenizer, prompt)[0]
+        one, two = tokenizer([text + "1", text + "2"], add_special_tokens=False).input_ids
         if one[:-1] != two[:-1]:
             fail("to the tokenizer of --annotator-name-or-path, the replies 1 and 2 are not single tokens")
         rows.append((one[:-1], one[-1], two[-1]))
@@ -805,13 +814,14 @@ def annotate(
     if not annotator.instructions:
         scores = torch.tensor(judge(run, annotator.model, annotator.tokenizer, prompts * 2, firsts + seconds))
         return torch.sigmoid(scores[: len(prompts)] - scores[len(prompts) :]).expand(2, -1)
-    requests = [p if isinstance(p, str) else "\n\n".join(message["content"] for message in p) for p in prompts]
-    orders = [zip(requests, firsts, seconds, strict=True), zip(requests, seconds, firsts, strict=True)]
-    cases, probs = [case for order in orders for case in order], []
-    for instruction in annotator.instructions:
-        names = ("prompt", "answer_1", "answer_2")
-        fields = [dict(zip(names, case, strict=True), instruction=instruction) for case in cases]
-        forth, back = ask(run, annotator, [ANNOTATOR_PROMPT.format(**field) for field in fields]).chunk(2)
+    requests = [prompt if isinstance(prompt, str) else prompt[0]["content"] for prompt in prompts]
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, list) and len(prompt) > 1:
+            requests[i] = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    cases, probs = [*zip(requests, firsts, seconds, strict=True), *zip(requests, seconds, firsts, strict=True)], []
+    for text in annotator.instructions:
+        questions = [ANNOTATOR_PROMPT.format(instruction=text, prompt=p, answer_1=a, answer_2=b) for p, a, b in cases]
+        forth, back = ask(run, annotator, questions).chunk(2)
         probs.append(torch.stack([forth, 1 - back]))
     return torch.stack(probs).mean(0)
 
@@ -831,21 +841,29 @@ def make_pairs(run: Run, reference: torch.nn.Module, annotator: Annotator, batch
             continue
         ids = pair.prompt_ids, answers[chosen], answers[rejected]
         pairs.append(Pair(pair.row, pair.prompt, *ids, 1.0, logps[chosen], logps[rejected]))
-        sides = [texts[chosen], texts[rejected]]
-        if isinstance(pair.prompt, list):
-            sides = [[{"role": "assistant", "content": side}] for side in sides]
-        row = {"prompt": pair.prompt, "chosen": sides[0], "rejected": sides[1]}
-        row["annotator_prob"] = max(prob, 1 - prob)
-        rows += [row] if texts[chosen].strip() and texts[rejected].strip() else []  # a data set has no empty answers
-    if not pairs:
-        fail(f"step {run.step + 1}: the annotator has no preference in any of the {len(batch)} pairs")
+        if texts[chosen].strip() and texts[rejected].strip():  # a data set has no empty answers
+            sides = [texts[chosen], texts[rejected]]
+            if isinstance(pair.prompt, list):
+                sides = [[{"role": "assistant", "content": side}] for side in sides]
+            row = {"prompt": pair.prompt, "chosen": sides[0], "rejected": sides[1]}
+            rows.append(row | {"annotator_prob": max(prob, 1 - prob)})
+    ties = len(batch) - len(pairs)
+    if not pairs and run.step == 0:
+        fail(f"step 1: the annotator has no preference in any of the {ties} pairs")
+    if not pairs:  # the step goes on with a pair that has no gradient
+        pair, ids = batch[0], answers[0]
+        pairs = [Pair(pair.row, pair.prompt, pair.prompt_ids, ids, ids, 1.0, logps[0], logps[0])]
     if RANK == 0:
         append_rows(run.folder / "annotated.jsonl", rows)
-    agreement = ((orders[0] > 0.5) == (orders[1] > 0.5)).float().mean().item()
-    run.method_metrics |= {"method/order_agreement": agreement, "method/ties": len(batch) - len(pairs)}
-    run.method_metrics["method/preference"] = torch.maximum(orders.mean(0), 1 - orders.mean(0)).mean().item()
-    run.method_metrics["method/chosen_length"] = sum(len(pair.chosen_ids) for pair in pairs) / len(pairs)
-    run.method_metrics["method/rejected_length"] = sum(len(pair.rejected_ids) for pair in pairs) / len(pairs)
+    differ = torch.tensor([a != b for a, b in zip(answers[: len(batch)], answers[len(batch) :], strict=True)])
+    agreements = ((orders[0] > 0.5) == (orders[1] > 0.5))[differ]  # of equal answers both questions are the same
+    run.method_metrics = {
+        "method/order_agreement": agreements.float().mean().item() if len(agreements) else 1.0,
+        "method/preference": torch.maximum(orders.mean(0), 1 - orders.mean(0)).mean().item(),
+        "method/ties": ties,
+        "method/chosen_length": sum(len(pair.chosen_ids) for pair in pairs) / len(pairs),
+        "method/rejected_length": sum(len(pair.rejected_ids) for pair in pairs) / len(pairs),
+    }
     return pairs
 
 
@@ -856,7 +874,7 @@ def make_pairs(run: Run, reference: torch.nn.Module, annotator: Annotator, batch
 
 
 class InverseCDF(transformers.LogitsProcessor):
-    """Leaves the token that a uniform number picks, so that greedy search samples, and the same in any batch."""
+    """Keeps the one token that a uniform random number picks, so that greedy search samples, and alike in any batch."""
 
     def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float) -> None:
         self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
@@ -915,9 +933,8 @@ def judge(
     for prompt, response in zip(prompts, responses, strict=True):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if tokenizer.chat_template:
-            messages = [*messages, {"role": "assistant", "content": response}]
-            text = apply_template(tokenizer, messages).removeprefix(tokenizer.bos_token or "")
-            rows.append(tokenizer(text).input_ids)
+            text = apply_template(tokenizer, [*messages, {"role": "assistant", "content": response}])
+            rows.append(tokenizer(text, add_special_tokens=False).input_ids)  # the template writes them
         else:
             rows.append(tokenizer("\n\n".join(message["content"] for message in messages), response).input_ids)
     # Classifiers read their last token that is not padding, so no row may end in the padding token.
@@ -946,7 +963,7 @@ def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, 
     if run.args.lora_rank > 0 and run.rollout.get_base_model().name_or_path == run.args.model_name_or_path:
         with run.rollout.disable_adapter():
             logratios -= score(run, run.rollout, prompt_ids, responses)
-    else:  # the initial model is in memory for the occasion only
+    else:  # loaded anew for each evaluation, so that training has its memory
         initial = load_model(run, run.args.model_name_or_path, run.dtype)
         logratios -= score(run, initial, prompt_ids, responses)
         del initial
@@ -1036,8 +1053,8 @@ def open_folder(run: Run, resolved: dict[str, Any]) -> None:
         run.tracker.define_metric("*", step_metric="step")
 
 
-def take_up(run: Run) -> None:
-    """Find the checkpoint from which to go on with the run in run.folder, and take its rows back to there."""
+def find_checkpoint(run: Run) -> None:
+    """Find the checkpoint from which to go on with the run in run.folder, and cut its .jsonl files back to there."""
     if not run.args.resume:
         fail(f"{run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     stored = json.loads((run.folder / "args.json").read_text())["args"]
@@ -1114,7 +1131,10 @@ def load_checkpoint(run: Run, modules: dict[str, torch.nn.Module], optimizer: to
 
 
 def save_model(run: Run, policy: torch.nn.Module, name: str) -> None:
-    """Write the policy (with LoRA its adapter) and its tokenizer, to be read by from_pretrained."""
+    """Write the policy (with LoRA its adapter) and its tokenizer, to be read by from_pretrained.
+
+    It is written as it was evaluated, in the compute dtype; only checkpoints hold float32 weights on a GPU.
+    """
     refresh_rollout(run, policy)
     if RANK == 0:
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
@@ -1210,16 +1230,16 @@ def train(
     learning_rate: float,
     known_loss: float | None = None,
 ) -> None:
-    """Train for num_steps steps, step k on pairs_at(k), with a fresh optimiser; run.step counts on from where it is.
+    """Train for num_steps steps, step k on pairs_at(k), with a fresh optimiser.
 
-    A resumed run enters at its checkpoint, and passes by the calls that it has behind it. known_loss is what the first
-    step has to find.
+    Methods of several stages call this for each of them, and run.step counts on; a resumed run skips the stages before
+    its checkpoint. known_loss, that of a policy equal to its reference, is shown beside the first step's.
     """
     args, first_step, last_step = run.args, run.step, run.step + num_steps
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=args.weight_decay, fused=True)
     if run.checkpoint:
-        if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:
+        if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:  # this stage was over before it
             run.step = last_step
             return
         load_checkpoint(run, {"policy": policy}, optimizer)
@@ -1233,7 +1253,7 @@ def train(
     while run.step < last_step:
         start, pairs = time.perf_counter(), pairs_at(run.step - first_step)
         policy.train()
-        table = score_pairs(run, policy, pairs, loss_fn)
+        table = score_pairs(run, policy, pairs, loss_fn)  # forward and backward passes
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)).item()
         if not math.isfinite(grad_norm) or not table["loss"].isfinite().all():
             bad = [pair.row for pair, loss in zip(pairs, table["loss"], strict=True) if not loss.isfinite()]
@@ -1248,7 +1268,7 @@ def train(
         metrics = {f"train/{name}": value for name, value in summarise(table).items()}
         metrics |= {"train/grad_norm": grad_norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}
         if run.step == first_step and known_loss is not None:
-            say(f"loss before the first update: {metrics['train/loss']:.6f} (it must be {known_loss:.6f})")
+            say(f"loss before the first update: {metrics['train/loss']:.6f} (expected: {known_loss:.6f})")
         run.step, run.pairs = run.step + 1, run.pairs + len(pairs)
         metrics |= {"progress/epoch": run.pairs / run.epoch_pairs, "progress/pairs": run.pairs}
         metrics |= {"perf/tokens_per_second": tokens / (time.perf_counter() - start)}
@@ -1282,11 +1302,12 @@ def main(args: Args) -> None:
     beta = args.beta or {"dpo": 0.1, "ipo": 1.0, "slic": 0.002}[args.loss]
     annotator = load_annotator(run)
     open_folder(run, {"learning_rate": learning_rate, "beta": beta})
-    short = [pair for pair in train_pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions]
-    batches = plan_batches(args, short)  # of which the prompts count
+    usable = [pair for pair in train_pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions]
+    batches = plan_batches(args, usable)  # only their prompts are used
     add_reference(run, run.rollout, [run.test_pairs], "reference_logps")
     reference = run.rollout if args.lora_rank > 0 else load_model(run, args.model_name_or_path, run.dtype)
-    say(f"{len(train_pairs) - len(short)} prompts leave no room for an answer of {args.max_new_tokens} tokens")
+    if len(usable) < len(train_pairs):
+        say(f"{len(train_pairs) - len(usable)} prompts leave no room for an answer of {args.max_new_tokens} tokens")
     say(f"online {args.loss} with beta {beta}, learning rate {learning_rate:g}, {len(batches)} steps")
     loss_fn = partial(compute_loss, loss=args.loss, beta=beta)
     known_loss = {"dpo": math.log(2), "ipo": 1 / (2 * beta) ** 2, "slic": 1.0}[args.loss]

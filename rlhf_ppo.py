@@ -6,18 +6,21 @@ Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; details after Huang et a
 2. A reward model r on the pairs, -log sigmoid(r(x, y_w) - r(x, y_l)): the SFT model with a scalar head, read at the
    end-of-sequence token (--reward-model-name-or-path: one that exists). A shift brings SFT samples to mean 0.
 3. PPO. The policy answers prompts. A token's reward is -kl_coef * (log pi - log pi_ref), the last one's also r, or
-   --missing-eos-score if the answer does not end. Advantages by GAE from a value model that starts as r; then
-   --ppo-epochs updates, ratio = pi / pi_old:
+   --missing-eos-score if the answer does not end. Advantages are GAE's, from a value model that starts as a copy of r;
+   then --ppo-epochs updates on all answers of the step, with ratio = pi / pi_old:
        policy: max(-A ratio, -A clip(ratio, 1 -+ clip))      value: max((V - R)^2, (clip(V, V_old -+ clip) - R)^2) / 2
 
-Where sources differ, this script
-- takes the KL's plainest estimate for each token (k1), its coefficient fixed (--adaptive-kl-target: as in 2019);
-- puts the score on the end-of-sequence token, with value 0 behind it; replaces the score of unended answers;
-- whitens advantages over the whole step, rewards not at all; gamma 1, lambda 0.95; no entropy bonus;
-- divides sums by the step's tokens, not means by means; one update an epoch; computes log-probabilities at the sampling
-  temperature, and those of the rollout by the model that trains;
-- has policy and value model apart, AdamW's eps 1e-5, learning rate 3e-6 in all stages (ten times that with LoRA); clips
-  gradients (Huang et al.: not), and takes SFT's loss on the answers alone (theirs: with the prompts).
+As in Huang et al.: gamma 1, lambda 0.95, no entropy bonus, policy and value model apart, AdamW with eps 1e-5 and
+learning rate 3e-6 in all stages (here ten times that with LoRA). Where sources differ, this script
+- has no pretraining loss (Ouyang et al.: PPO-ptx), and draws pairs singly (they: all pairs of a prompt together);
+- shifts r by its mean over SFT samples (Huang et al.: over the data's answers), but not the value model;
+- has a fixed coefficient for the KL's plainest estimate a token, k1 (--adaptive-kl-target: as Ziegler et al. 2019);
+- puts r on the last token with value 0 behind it (Huang et al.: a position later), and replaces it for unended answers;
+- whitens advantages over the whole step (Huang et al.: on each device), rewards not at all (Ziegler et al.: they do);
+- averages losses over the step's tokens (Huang et al.: over a micro-batch's, then over these);
+- computes pi_old with the model that trains, at the sampling temperature (Huang et al. keep those of generation);
+- lets answers end, 128 a step at temperature 1 (Huang et al.: of fixed length, cut later, 512 at 0.7);
+- warms up over 10 % and clips gradients (Huang et al.: neither); SFT's loss is on answers alone (theirs: prompts too).
 PPO holds four models: policy and value model with gradients and AdamW (16 bytes a weight), reference (with LoRA: the
 policy without its adapter) and reward model in the compute dtype. rewards/* are kl_coef * (log pi - log pi_initial).
 
@@ -56,7 +59,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # Shapes: B pairs, N = 2B sequences, T tokens, C completion tokens, V vocabulary.
-# What stands outside `# region method` ... `# endregion` is the same in all scripts of this project.
+# Everything outside `# region method` ... `# endregion` is the same in all scripts (rlhf_ppo.py: but for train).
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -114,7 +117,7 @@ class Args:
     # --- SFT, reward model, PPO ---
     sft_epochs: int = 1  # passes over the chosen answers in stage 1; 0 = no stage 1; --max-steps limits each stage
     sft_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
-    reward_model_name_or_path: str | None = None  # reward model with the policy's vocabulary; None = train one
+    reward_model_name_or_path: str | None = None  # of the policy's vocabulary and chat template; None = train one
     reward_epochs: int = 1  # passes over the pairs in stage 2
     reward_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
     learning_rate: float | None = None  # of PPO; None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
@@ -123,7 +126,7 @@ class Args:
     ppo_epochs: int = 4  # updates on the answers of each step
     kl_coef: float = 0.05  # price of a nat of KL divergence to the reference
     adaptive_kl_target: float | None = None  # nats an answer that the coefficient is adapted to; None = it is fixed
-    missing_eos_score: float = -1.0  # score of an answer that does not end
+    missing_eos_score: float = -1.0  # score of an answer that does not end; the others' mean is 0 at first
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # of generalised advantage estimation
     clip_range: float = 0.2  # of the policy's ratio
@@ -149,7 +152,7 @@ FREE_ON_RESUME += ["save_steps", "logging_steps"]
 
 def fail(message: str) -> NoReturn:
     """End the run with one line on stderr and exit status 1."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(getattr(tqdm, "_instances", ())):  # private: tqdm has no public list of open bars
         bar.close()  # its line ends, so that the message has one of its own
     if RANK > 0:
         time.sleep(5)  # rank 0 speaks first, since torchrun ends all processes when one has failed
@@ -181,7 +184,7 @@ class Run:
     micro_batch_tokens: int
     tokenizer: Any
     stop_ids: list[int] = field(default_factory=list)
-    positions: int = sys.maxsize  # of the policy
+    positions: int = sys.maxsize  # most tokens that the policy can read
     rollout: Any = None  # plain model that is given the policy's weights, for sampling and scoring
     test_pairs: list = field(default_factory=list)
     eval_prompts: list = field(default_factory=list)  # (prompt as read, its token ids)
@@ -189,10 +192,10 @@ class Run:
     tracker: Any = None  # of Weights & Biases
     method_metrics: dict[str, float] = field(default_factory=dict)  # of the method alone, for the next logged row
     signals: list[int] = field(default_factory=list)  # that ask the run to stop after its next step
-    epoch_pairs: int = 1
+    epoch_pairs: int = 1  # training pairs of an epoch
     step: int = 0
-    pairs: int = 0
-    seconds: float = 0.0
+    pairs: int = 0  # trained on so far
+    seconds: float = 0.0  # of training and evaluation so far
 
 
 def check_args(args: Args) -> None:
@@ -247,7 +250,7 @@ def start_run(args: Args) -> Run:
     tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 2048)
     run = Run(args, folder, device, torch.bfloat16 if half else torch.float32, tokens, tokenizer)
     if (folder / "args.json").exists():
-        take_up(run)
+        find_checkpoint(run)
     barrier()
     return run
 
@@ -366,7 +369,8 @@ def split_row(row: dict, chat: bool) -> tuple[Any, Any, Any] | None:
         same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
         prompt = chosen[: [*same, False].index(False)]
     chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
-    return (prompt, chosen, rejected) if prompt and chosen[0]["role"] == rejected[0]["role"] == "assistant" else None
+    answered = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+    return (prompt, chosen, rejected) if prompt and answered else None
 
 
 def apply_template(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -447,8 +451,8 @@ def load_pairs(
     if not train_pairs or not test_pairs:
         fail(f"--dataset-name {name}: no pair is left to {'test' if train_pairs else 'train'} on")
     lengths = sorted(map(len, train_pairs))
-    half, most, all_of_them = (lengths[len(lengths) * share // 101] for share in (50, 95, 100))
-    say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {all_of_them}")
+    half, most = lengths[(len(lengths) - 1) // 2], lengths[(len(lengths) - 1) * 95 // 100]
+    say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {lengths[-1]}")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         text = run.tokenizer.decode(getattr(train_pairs[0], name))
         say(f"  the first pair's {name}: {text if len(text) <= 400 else f'{text[:300]} [...] {text[-60:]}'!r}")
@@ -679,9 +683,9 @@ class PairBatch(NamedTuple):
 
 
 def score_pairs(run: Run, model: torch.nn.Module, pairs: list[Pair], loss_fn: Callable) -> dict[str, torch.Tensor]:
-    """Loss and metrics of each pair, (len(pairs),); where gradients are on, adds that of the mean loss to the weights'.
+    """Loss and metrics of each pair, (len(pairs),). With gradients enabled it also backpropagates the mean loss.
 
-    All devices share the work in micro-batches; the result does not depend on how.
+    The devices share the work in micro-batches; how these are cut changes the result by rounding alone.
     """
     plans = [cut_by_length(list(map(len, pairs)), 2, run.micro_batch_tokens, rank) for rank in range(WORLD_SIZE)]
     groups, values = plans[RANK], []
@@ -711,12 +715,16 @@ def add_reference(run: Run, model: torch.nn.Module, batches: list[list[Pair]], n
     The batches are those of the training: with the same micro-batches the rounding is the same too, and the margins of
     a policy that is still the reference are exactly 0.
     """
-    file, logps = run.folder / f"{name}.safetensors", {}
+    file, logps = run.folder / f"{name}.safetensors", {}  # by id, since pairs come again in later epochs
+
+    def only_logps(batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return batch.chosen_logps, {"rejected": batch.rejected_logps}  # in place of losses and metrics
+
     if not file.exists():
         for batch in tqdm(batches, "reference", leave=False, disable=RANK > 0 or None):
             pairs = [pair for pair in batch if id(pair) not in logps]
             if pairs:
-                table = score_pairs(run, model, pairs, lambda known: (known.chosen_logps, {"": known.rejected_logps}))
+                table = score_pairs(run, model, pairs, only_logps)
                 logps |= zip(map(id, pairs), torch.stack(list(table.values()), dim=1), strict=True)
         if RANK == 0:
             save_file({"chosen_rejected": torch.stack(list(logps.values()))}, f"{file}.tmp")
@@ -827,9 +835,10 @@ def run_stage(
     """
     args, first_step, last_step = run.args, run.step, run.step + num_steps
     trained = [[weight for weight in module.parameters() if weight.requires_grad] for module in modules.values()]
-    optimizer = torch.optim.AdamW(sum(trained, []), learning_rate, (0.9, 0.999), 1e-5, args.weight_decay, fused=True)
+    weights, options = sum(trained, []), {"eps": 1e-5, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, **options)
     if run.checkpoint:
-        if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:
+        if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:  # this stage was over before it
             run.step = last_step
             return
         load_checkpoint(run, modules, optimizer)
@@ -893,12 +902,12 @@ def save_stage(run: Run, model: torch.nn.Module, plain: torch.nn.Module, tokeniz
 
 
 def rate_pairs(batch: PairBatch, beta: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """For evaluations, (B,) each: the loss of SFT, and implicit rewards as DPO has them."""
+    """For evaluations, (B,) each: minus the mean log-probability of chosen tokens, and implicit rewards as DPO's."""
     metrics = {
-        "rewards/chosen": beta * (batch.chosen_logps - batch.ref_chosen_logps).detach(),
-        "rewards/rejected": beta * (batch.rejected_logps - batch.ref_rejected_logps).detach(),
-        "logps/chosen": batch.chosen_logps.detach(),
-        "logps/rejected": batch.rejected_logps.detach(),
+        "rewards/chosen": beta * (batch.chosen_logps - batch.ref_chosen_logps),
+        "rewards/rejected": beta * (batch.rejected_logps - batch.ref_rejected_logps),
+        "logps/chosen": batch.chosen_logps,
+        "logps/rejected": batch.rejected_logps,
     }
     return -batch.chosen_logps / batch.chosen_lengths, metrics
 
@@ -973,27 +982,35 @@ def rewards_of(model: torch.nn.Module, prompts: list[list[int]], answers: list[l
 
 def compare(run: Run, model: torch.nn.Module, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
     """Bradley-Terry losses and margins of the pairs, (len(pairs),); where gradients are on, adds the mean loss's."""
-    margins = {}
+    losses, margins = {}, {}
     for group, factor in micro_batches(run, list(map(len, pairs)), 2):
         batch = [pairs[i] for i in group]
         prompts = [pair.prompt_ids for pair in batch]
         chosen = rewards_of(model, prompts, [pair.chosen_ids for pair in batch])
         margin = chosen - rewards_of(model, prompts, [pair.rejected_ids for pair in batch])
+        p = torch.tensor([pair.preference_prob for pair in batch], device=margin.device)
+        loss = -p * F.logsigmoid(margin) - (1 - p) * F.logsigmoid(-margin)
         if torch.is_grad_enabled():
-            (-F.logsigmoid(margin).sum() * factor / len(pairs)).backward()
-        margins |= zip(group, margin.tolist(), strict=True) if factor else {}
-    margin = torch.tensor(gather(margins, len(pairs)))
-    return -F.logsigmoid(margin), margin
+            (loss.sum() * factor / len(pairs)).backward()
+        if factor:
+            losses |= zip(group, loss.tolist(), strict=True)
+            margins |= zip(group, margin.tolist(), strict=True)
+    return torch.tensor(gather(losses, len(pairs))), torch.tensor(gather(margins, len(pairs)))
 
 
 def judge_tokenizer(run: Run) -> Any:
-    """The tokenizer to save with a reward model: its chat template ends where the model was trained to be read."""
+    """The tokenizer to save with a reward model.
+
+    Its chat template renders what the model was trained on: nothing behind the end-of-sequence token, where some
+    templates write a newline, and this token where the template has none.
+    """
     tokenizer = load_tokenizer(run.args.model_name_or_path)
-    plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
-    template = run.tokenizer.chat_template
-    tokenizer.chat_template = f"{{% set text %}}{template}{{% endset %}}{{{{ text | trim }}}}" if template else plain
+    plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    template, bos = run.tokenizer.chat_template, render(run.tokenizer, "")[0]
+    trimmed = f"{{% set text %}}{template}{{% endset %}}{{{{ text | trim }}}}"
+    tokenizer.chat_template = trimmed if template else bos + plain
     example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if tokenizer(apply_template(tokenizer, example)).input_ids[-1] not in run.stop_ids:
+    if tokenizer(apply_template(tokenizer, example), add_special_tokens=False).input_ids[-1] not in run.stop_ids:
         tokenizer.chat_template += "{{ eos_token }}"
     return tokenizer
 
@@ -1017,7 +1034,7 @@ def train_reward_model(run: Run, path: str, batches: list[list[Pair]], learning_
         return {"eval/reward_loss": losses.mean().item(), "eval/reward_accuracy": accuracy}
 
     run_stage(run, {"reward_model": model}, take_step, len(batches), learning_rate, measure)
-    if run.args.judge_name_or_path:
+    if run.args.judge_name_or_path and run.checkpoint is None:
         prompts = [pair.prompt for pair in run.test_pairs]
         judge_model = load_judge(run, run.args.judge_name_or_path)
         chosen, rejected = (
@@ -1025,7 +1042,7 @@ def train_reward_model(run: Run, path: str, batches: list[list[Pair]], learning_
             for answers in zip(*((pair.chosen_ids, pair.rejected_ids) for pair in run.test_pairs), strict=True)
         )
         share = sum(a > b for a, b in zip(chosen, rejected, strict=True)) / len(prompts)
-        say(f"the judge agrees with {share:.3f} of the test pairs' labels, and no reward model can do much better")
+        say(f"  the judge agrees with {share:.3f} of the test pairs' labels")
     return save_stage(run, model, plain, judge_tokenizer(run), "reward_model")
 
 
@@ -1136,7 +1153,10 @@ def accumulate(run: Run, models: dict[str, torch.nn.Module], rollout: Rollout) -
 
 
 def adapt(kl_coef: torch.Tensor, kl: float, target: float, answers: int) -> None:
-    """Raise or lower the KL's coefficient towards a target, as Ziegler et al. 2019 do (arXiv:1909.08593)."""
+    """Raise or lower the KL's coefficient towards a target, with the constants of Ziegler et al.'s code (1909.08593).
+
+    A step of 128 answers changes it by 0.26 % at most: this is made for thousands of steps.
+    """
     kl_coef.data.mul_(1 + max(-0.2, min(0.2, kl / target - 1)) * answers / 10_000)
 
 
@@ -1158,8 +1178,8 @@ def train_ppo(
         passes = [accumulate(run, models, rollout) | {"train/grad_norm": update()} for _ in range(args.ppo_epochs)]
         if k == 0:
             say(
-                f"before the first update: KL to the reference {metrics['method/kl']:.6f} (it must be 0), "
-                f"largest |ratio - 1| {passes[0]['method/ratio_error']:.6f} (it must be 0)"
+                f"before the first update: KL to the reference {metrics['method/kl']:.6f} (expected: 0), "
+                f"largest |ratio - 1| {passes[0]['method/ratio_error']:.6f} (expected: 0)"
             )
         if args.adaptive_kl_target:
             adapt(kl_coef, metrics["method/kl"], args.adaptive_kl_target, len(batches[k]))
@@ -1169,7 +1189,7 @@ def train_ppo(
 
     def measure() -> dict[str, float]:
         prompts = [prompt_ids for _, prompt_ids in run.eval_prompts]
-        metrics, answers = measure_policy(policy), generate(run, prompts, 1.0, args.seed)  # the same answers
+        metrics, answers = measure_policy(policy), generate(run, prompts, 1.0, args.seed)  # the same, again
         score = rate_answers(run, reward_model, prompts, answers).mean().item() - shift
         return metrics | {"eval/reward_model_score": score}
 
@@ -1180,7 +1200,10 @@ def train_ppo(
 
 
 def show_course(run: Run) -> None:
-    """Print all evaluations: where the reward model's score rises and the judge's falls, PPO went too far."""
+    """Print all evaluations, with the KL to the initial model (PPO's price is for that to the SFT model).
+
+    Where the reward model's score rises and the judge's falls, PPO has gone too far.
+    """
     names = ["kl", "reward_model_score", "judge_score", "win_rate", "response_length"]
     say(f"\n{'step':>5}" + "".join(f"{name:>20}" for name in names))
     for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines() if RANK == 0 else []):
@@ -1196,7 +1219,7 @@ def show_course(run: Run) -> None:
 
 
 class InverseCDF(transformers.LogitsProcessor):
-    """Leaves the token that a uniform number picks, so that greedy search samples, and the same in any batch."""
+    """Keeps the one token that a uniform random number picks, so that greedy search samples, and alike in any batch."""
 
     def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float) -> None:
         self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
@@ -1255,9 +1278,8 @@ def judge(
     for prompt, response in zip(prompts, responses, strict=True):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if tokenizer.chat_template:
-            messages = [*messages, {"role": "assistant", "content": response}]
-            text = apply_template(tokenizer, messages).removeprefix(tokenizer.bos_token or "")
-            rows.append(tokenizer(text).input_ids)
+            text = apply_template(tokenizer, [*messages, {"role": "assistant", "content": response}])
+            rows.append(tokenizer(text, add_special_tokens=False).input_ids)  # the template writes them
         else:
             rows.append(tokenizer("\n\n".join(message["content"] for message in messages), response).input_ids)
     # Classifiers read their last token that is not padding, so no row may end in the padding token.
@@ -1286,7 +1308,7 @@ def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, 
     if run.args.lora_rank > 0 and run.rollout.get_base_model().name_or_path == run.args.model_name_or_path:
         with run.rollout.disable_adapter():
             logratios -= score(run, run.rollout, prompt_ids, responses)
-    else:  # the initial model is in memory for the occasion only
+    else:  # loaded anew for each evaluation, so that training has its memory
         initial = load_model(run, run.args.model_name_or_path, run.dtype)
         logratios -= score(run, initial, prompt_ids, responses)
         del initial
@@ -1376,8 +1398,8 @@ def open_folder(run: Run, resolved: dict[str, Any]) -> None:
         run.tracker.define_metric("*", step_metric="step")
 
 
-def take_up(run: Run) -> None:
-    """Find the checkpoint from which to go on with the run in run.folder, and take its rows back to there."""
+def find_checkpoint(run: Run) -> None:
+    """Find the checkpoint from which to go on with the run in run.folder, and cut its .jsonl files back to there."""
     if not run.args.resume:
         fail(f"{run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     stored = json.loads((run.folder / "args.json").read_text())["args"]
@@ -1454,7 +1476,10 @@ def load_checkpoint(run: Run, modules: dict[str, torch.nn.Module], optimizer: to
 
 
 def save_model(run: Run, policy: torch.nn.Module, name: str) -> None:
-    """Write the policy (with LoRA its adapter) and its tokenizer, to be read by from_pretrained."""
+    """Write the policy (with LoRA its adapter) and its tokenizer, to be read by from_pretrained.
+
+    It is written as it was evaluated, in the compute dtype; only checkpoints hold float32 weights on a GPU.
+    """
     refresh_rollout(run, policy)
     if RANK == 0:
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
@@ -1549,8 +1574,10 @@ def main(args: Args) -> None:
     train_pairs, run.test_pairs = load_pairs(run, *read_splits(args))
     run.eval_prompts, run.epoch_pairs = load_eval_prompts(run, run.test_pairs), len(train_pairs)
     sft_path, reward_path = args.model_name_or_path, args.reward_model_name_or_path
-    if reward_path and load_judge(run, reward_path)[1].get_vocab() != run.tokenizer.get_vocab():
-        fail(f"--reward-model-name-or-path {reward_path} has another vocabulary than the policy")
+    if reward_path:
+        _, tokenizer = load_judge(run, reward_path)  # which also checks that it is a reward model
+        if tokenizer.get_vocab() != run.tokenizer.get_vocab():
+            fail(f"--reward-model-name-or-path {reward_path} has another vocabulary than the policy")
     rates = (args.sft_learning_rate, args.reward_learning_rate, args.learning_rate)
     rates = [pick_learning_rate(args, policy, rate, PAPER_LEARNING_RATE) for rate in rates]
     open_folder(run, {"learning_rates": rates})
@@ -1562,19 +1589,19 @@ def main(args: Args) -> None:
         plan_batches(Args(**asdict(args) | {"num_train_epochs": epochs}), train_pairs)
         for epochs in (args.sft_epochs, args.reward_epochs)
     )
-    short = [pair for pair in train_pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions]
-    say(f"{len(train_pairs) - len(short)} prompts leave no room for an answer of {args.max_new_tokens} tokens")
-    batches = plan_batches(Args(**asdict(args) | {"batch_size": args.rollouts_per_step}), short)
+    usable = [pair for pair in train_pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions]
+    if len(usable) < len(train_pairs):
+        say(f"{len(train_pairs) - len(usable)} prompts leave no room for an answer of {args.max_new_tokens} tokens")
+    batches = plan_batches(Args(**asdict(args) | {"batch_size": args.rollouts_per_step}), usable)
     if sft_batches:
         say(f"stage 1: SFT, learning rate {rates[0]:g}, {len(sft_batches)} steps of {args.batch_size}")
         sft_path = train_sft(run, policy, sft_batches, rates[0], partial(measure, policy))
     if batches:
-        del policy
+        del policy  # the later stages load their models from the folders
         run.rollout = None
-    if batches and not reward_path:
-        say(f"stage 2: reward model, learning rate {rates[1]:g}, {len(reward_batches)} steps of {args.batch_size}")
-        reward_path = train_reward_model(run, sft_path, reward_batches, rates[1])
-    if batches:
+        if not reward_path:
+            say(f"stage 2: reward model, learning rate {rates[1]:g}, {len(reward_batches)} steps of {args.batch_size}")
+            reward_path = train_reward_model(run, sft_path, reward_batches, rates[1])
         say(f"stage 3: PPO, learning rate {rates[2]:g}, {len(batches)} steps of {args.rollouts_per_step}")
         policy = train_ppo(run, sft_path, reward_path, batches, rates[2], measure)
     # endregion

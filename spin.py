@@ -8,23 +8,25 @@ these pairs with pi_t as the frozen reference, and its result is the opponent pi
     h    = [log pi(y|x) - log pi_t(y|x)] - [log pi(y'|x) - log pi_t(y'|x)]
     loss = -log sigmoid(beta h)
 
-The fixed point is a policy whose own answers cannot be told from the ground truth. Trained to the end, an iteration
-gives p_t (p_data / p_t)^(1/beta): beta 1 arrives at once, beta 2 halves the way, and below 0.5 it overshoots more and
-more. The paper's beta 0.1 lives on small learning rates and early stopping, so the default here is 1.
+Trained to the end on its own answers alone, an iteration gives p_t (p_data / p_t)^(1/beta) up to a factor (the paper's
+Section 5, where beta is lambda): beta 1 arrives at once, beta 2 halves the gap of log-probabilities, and below 0.5 each
+iteration overshoots further. With the paper's 0.1, small learning rates and early stopping have to hold the policy.
 
 Where sources differ, this script
-- starts each iteration from the policy of the last one, with the pairs of the last one added to the new ones (code);
+- takes beta 1, with which the authors' learning rates are untried on real models: 5e-7 5e-7 1e-7 1e-7 (ten times that
+  with LoRA) go with their --beta 0.1 0.1 0.1 5;
+- starts each iteration from the policy of the last one, and adds the pairs of the last one to the new ones;
 - draws prompts anew for each iteration (paper: the same 50,000 in all);
-- samples at temperature 1, as the theory wants (authors' code: greedy; their data: 1.0), up to --max-new-tokens, and a
-  cut answer gets no end-of-sequence token. Empty answers and the ground truth itself are left out;
-- makes one pass over the pairs of an iteration (paper 2, code 6 and stopped by hand) with AdamW (RMSprop);
-- takes learning rates 5e-7 5e-7 1e-7 1e-7 from the authors' code (ten times that with LoRA), which goes with their
-  --beta 0.1 0.1 0.1 5.
-Test pairs are made in the same way: eval/loss and eval/rewards/* are about own answers to the test prompts.
+- samples at temperature 1, as the theory wants (authors: generate.py is greedy, generate_vllm.py samples at 1); cut
+  answers get no end-of-sequence token, empty ones and the ground truth itself are left out;
+- makes one pass over the pairs of an iteration (paper 2, code 6 and stopped by hand) with AdamW (RMSprop).
+A truth longer than --max-new-tokens is told from cut answers by that alone, so allow as many tokens as the truths have.
+eval/loss and eval/rewards/* are relative to an iteration's opponent: compare kl, judge_score and win_rate.
+--max-steps limits each iteration by itself.
 
     python spin.py                                 # the built-in test bed, some minutes on two CPU cores
     python spin.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized \
-        --judge-name-or-path None                  # a real model; rows with `messages` or with `completion` will do too
+        --judge-name-or-path None --max-new-tokens 512   # a real model; `messages` or `completion` will do too
     torchrun --nproc-per-node 8 spin.py ...        # several GPUs
 """
 # endregion
@@ -60,7 +62,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # Shapes: B pairs, N = 2B sequences, T tokens, C completion tokens, V vocabulary.
-# What stands outside `# region method` ... `# endregion` is the same in all scripts of this project.
+# Everything outside `# region method` ... `# endregion` is the same in all scripts (rlhf_ppo.py: but for train).
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 TOY = Path(__file__).resolve().parent / "toy"
 
@@ -117,7 +119,7 @@ class Args:
     # region method: args
     # --- SPIN ---
     num_iterations: int = 3  # times that the policy answers and is trained; the paper has 4
-    learning_rate: tuple[float, ...] | None = None  # of each iteration, the last for all later ones; None = see above
+    learning_rate: tuple[float, ...] | None = None  # an iteration's, the last for all later; None = the authors'
     beta: tuple[float, ...] = (1.0,)  # strength of the pull to the opponent, for each iteration in the same way
     prompts_per_iteration: int = 2000  # prompts to answer in each iteration; the paper has 50,000
     rollout_temperature: float = 1.0  # of the opponent's answers
@@ -138,7 +140,7 @@ FREE_ON_RESUME += ["save_steps", "logging_steps"]
 
 def fail(message: str) -> NoReturn:
     """End the run with one line on stderr and exit status 1."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(getattr(tqdm, "_instances", ())):  # private: tqdm has no public list of open bars
         bar.close()  # its line ends, so that the message has one of its own
     if RANK > 0:
         time.sleep(5)  # rank 0 speaks first, since torchrun ends all processes when one has failed
@@ -170,7 +172,7 @@ class Run:
     micro_batch_tokens: int
     tokenizer: Any
     stop_ids: list[int] = field(default_factory=list)
-    positions: int = sys.maxsize  # of the policy
+    positions: int = sys.maxsize  # most tokens that the policy can read
     rollout: Any = None  # plain model that is given the policy's weights, for sampling and scoring
     test_pairs: list = field(default_factory=list)
     eval_prompts: list = field(default_factory=list)  # (prompt as read, its token ids)
@@ -178,10 +180,10 @@ class Run:
     tracker: Any = None  # of Weights & Biases
     method_metrics: dict[str, float] = field(default_factory=dict)  # of the method alone, for the next logged row
     signals: list[int] = field(default_factory=list)  # that ask the run to stop after its next step
-    epoch_pairs: int = 1
+    epoch_pairs: int = 1  # training pairs of an epoch
     step: int = 0
-    pairs: int = 0
-    seconds: float = 0.0
+    pairs: int = 0  # trained on so far
+    seconds: float = 0.0  # of training and evaluation so far
 
 
 def check_args(args: Args) -> None:
@@ -236,7 +238,7 @@ def start_run(args: Args) -> Run:
     tokens = args.micro_batch_tokens or (16384 if device.type == "cuda" else 2048)
     run = Run(args, folder, device, torch.bfloat16 if half else torch.float32, tokens, tokenizer)
     if (folder / "args.json").exists():
-        take_up(run)
+        find_checkpoint(run)
     barrier()
     return run
 
@@ -355,7 +357,8 @@ def split_row(row: dict, chat: bool) -> tuple[Any, Any, Any] | None:
         same = [a == b for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
         prompt = chosen[: [*same, False].index(False)]
     chosen, rejected = (side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected))
-    return (prompt, chosen, rejected) if prompt and chosen[0]["role"] == rejected[0]["role"] == "assistant" else None
+    answered = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+    return (prompt, chosen, rejected) if prompt and answered else None
 
 
 def apply_template(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -436,8 +439,8 @@ def load_pairs(
     if not train_pairs or not test_pairs:
         fail(f"--dataset-name {name}: no pair is left to {'test' if train_pairs else 'train'} on")
     lengths = sorted(map(len, train_pairs))
-    half, most, all_of_them = (lengths[len(lengths) * share // 101] for share in (50, 95, 100))
-    say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {all_of_them}")
+    half, most = lengths[(len(lengths) - 1) // 2], lengths[(len(lengths) - 1) * 95 // 100]
+    say(f"  tokens of prompt and longer completion: half up to {half}, 95 % up to {most}, all up to {lengths[-1]}")
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         text = run.tokenizer.decode(getattr(train_pairs[0], name))
         say(f"  the first pair's {name}: {text if len(text) <= 400 else f'{text[:300]} [...] {text[-60:]}'!r}")
@@ -668,9 +671,9 @@ class PairBatch(NamedTuple):
 
 
 def score_pairs(run: Run, model: torch.nn.Module, pairs: list[Pair], loss_fn: Callable) -> dict[str, torch.Tensor]:
-    """Loss and metrics of each pair, (len(pairs),); where gradients are on, adds that of the mean loss to the weights'.
+    """Loss and metrics of each pair, (len(pairs),). With gradients enabled it also backpropagates the mean loss.
 
-    All devices share the work in micro-batches; the result does not depend on how.
+    The devices share the work in micro-batches; how these are cut changes the result by rounding alone.
     """
     plans = [cut_by_length(list(map(len, pairs)), 2, run.micro_batch_tokens, rank) for rank in range(WORLD_SIZE)]
     groups, values = plans[RANK], []
@@ -700,12 +703,16 @@ def add_reference(run: Run, model: torch.nn.Module, batches: list[list[Pair]], n
     The batches are those of the training: with the same micro-batches the rounding is the same too, and the margins of
     a policy that is still the reference are exactly 0.
     """
-    file, logps = run.folder / f"{name}.safetensors", {}
+    file, logps = run.folder / f"{name}.safetensors", {}  # by id, since pairs come again in later epochs
+
+    def only_logps(batch: PairBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return batch.chosen_logps, {"rejected": batch.rejected_logps}  # in place of losses and metrics
+
     if not file.exists():
         for batch in tqdm(batches, "reference", leave=False, disable=RANK > 0 or None):
             pairs = [pair for pair in batch if id(pair) not in logps]
             if pairs:
-                table = score_pairs(run, model, pairs, lambda known: (known.chosen_logps, {"": known.rejected_logps}))
+                table = score_pairs(run, model, pairs, only_logps)
                 logps |= zip(map(id, pairs), torch.stack(list(table.values()), dim=1), strict=True)
         if RANK == 0:
             save_file({"chosen_rejected": torch.stack(list(logps.values()))}, f"{file}.tmp")
@@ -748,12 +755,15 @@ def load_truths(run: Run, train_rows: list[dict], test_rows: list[dict], first_t
     args, splits = run.args, []
     for rows, purpose, first_row in ((train_rows, "training", 0), (test_rows, "testing", first_test_row)):
         truths = []
-        for row in rows:
+        for number, row in enumerate(rows, first_row):
             if are_messages(row.get("messages")):
                 truth = row | {"prompt": row["messages"][:-1], "chosen": row["messages"][-1:]}
             else:
-                truth = row | {"chosen": row.get("completion", row.get("chosen"))}
+                truth = row | {"chosen": row.get("completion") or row.get("chosen")}
             truths.append(truth | {"rejected": truth["chosen"]})
+            if split_row(truths[-1], bool(run.tokenizer.chat_template)) is None:
+                forms = "`messages` that end with an answer, `prompt` and `completion`, or a preference pair"
+                fail(f"{args.dataset_name} for {purpose}, row {number} has the keys {sorted(row)}: needed are {forms}")
         pairs = encode_rows(run, truths, f"{args.dataset_name} for {purpose}", first_row)
         splits.append([pair for pair in pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions])
         say(f"  {len(pairs) - len(splits[-1])} of them leave no room for an answer of {args.max_new_tokens} tokens")
@@ -812,7 +822,7 @@ def log_iteration(run: Run, iteration: int, pairs: list[Pair], asked: int, first
 
 
 class InverseCDF(transformers.LogitsProcessor):
-    """Leaves the token that a uniform number picks, so that greedy search samples, and the same in any batch."""
+    """Keeps the one token that a uniform random number picks, so that greedy search samples, and alike in any batch."""
 
     def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float) -> None:
         self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
@@ -871,9 +881,8 @@ def judge(
     for prompt, response in zip(prompts, responses, strict=True):
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if tokenizer.chat_template:
-            messages = [*messages, {"role": "assistant", "content": response}]
-            text = apply_template(tokenizer, messages).removeprefix(tokenizer.bos_token or "")
-            rows.append(tokenizer(text).input_ids)
+            text = apply_template(tokenizer, [*messages, {"role": "assistant", "content": response}])
+            rows.append(tokenizer(text, add_special_tokens=False).input_ids)  # the template writes them
         else:
             rows.append(tokenizer("\n\n".join(message["content"] for message in messages), response).input_ids)
     # Classifiers read their last token that is not padding, so no row may end in the padding token.
@@ -902,7 +911,7 @@ def evaluate(run: Run, policy: torch.nn.Module, loss_fn: Callable) -> dict[str, 
     if run.args.lora_rank > 0 and run.rollout.get_base_model().name_or_path == run.args.model_name_or_path:
         with run.rollout.disable_adapter():
             logratios -= score(run, run.rollout, prompt_ids, responses)
-    else:  # the initial model is in memory for the occasion only
+    else:  # loaded anew for each evaluation, so that training has its memory
         initial = load_model(run, run.args.model_name_or_path, run.dtype)
         logratios -= score(run, initial, prompt_ids, responses)
         del initial
@@ -992,8 +1001,8 @@ def open_folder(run: Run, resolved: dict[str, Any]) -> None:
         run.tracker.define_metric("*", step_metric="step")
 
 
-def take_up(run: Run) -> None:
-    """Find the checkpoint from which to go on with the run in run.folder, and take its rows back to there."""
+def find_checkpoint(run: Run) -> None:
+    """Find the checkpoint from which to go on with the run in run.folder, and cut its .jsonl files back to there."""
     if not run.args.resume:
         fail(f"{run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     stored = json.loads((run.folder / "args.json").read_text())["args"]
@@ -1070,7 +1079,10 @@ def load_checkpoint(run: Run, modules: dict[str, torch.nn.Module], optimizer: to
 
 
 def save_model(run: Run, policy: torch.nn.Module, name: str) -> None:
-    """Write the policy (with LoRA its adapter) and its tokenizer, to be read by from_pretrained."""
+    """Write the policy (with LoRA its adapter) and its tokenizer, to be read by from_pretrained.
+
+    It is written as it was evaluated, in the compute dtype; only checkpoints hold float32 weights on a GPU.
+    """
     refresh_rollout(run, policy)
     if RANK == 0:
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
@@ -1166,16 +1178,16 @@ def train(
     learning_rate: float,
     known_loss: float | None = None,
 ) -> None:
-    """Train for num_steps steps, step k on pairs_at(k), with a fresh optimiser; run.step counts on from where it is.
+    """Train for num_steps steps, step k on pairs_at(k), with a fresh optimiser.
 
-    A resumed run enters at its checkpoint, and passes by the calls that it has behind it. known_loss is what the first
-    step has to find.
+    Methods of several stages call this for each of them, and run.step counts on; a resumed run skips the stages before
+    its checkpoint. known_loss, that of a policy equal to its reference, is shown beside the first step's.
     """
     args, first_step, last_step = run.args, run.step, run.step + num_steps
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=args.weight_decay, fused=True)
     if run.checkpoint:
-        if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:
+        if int(run.checkpoint.name.removeprefix("checkpoint-")) > last_step:  # this stage was over before it
             run.step = last_step
             return
         load_checkpoint(run, {"policy": policy}, optimizer)
@@ -1189,7 +1201,7 @@ def train(
     while run.step < last_step:
         start, pairs = time.perf_counter(), pairs_at(run.step - first_step)
         policy.train()
-        table = score_pairs(run, policy, pairs, loss_fn)
+        table = score_pairs(run, policy, pairs, loss_fn)  # forward and backward passes
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm)).item()
         if not math.isfinite(grad_norm) or not table["loss"].isfinite().all():
             bad = [pair.row for pair, loss in zip(pairs, table["loss"], strict=True) if not loss.isfinite()]
@@ -1204,7 +1216,7 @@ def train(
         metrics = {f"train/{name}": value for name, value in summarise(table).items()}
         metrics |= {"train/grad_norm": grad_norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}
         if run.step == first_step and known_loss is not None:
-            say(f"loss before the first update: {metrics['train/loss']:.6f} (it must be {known_loss:.6f})")
+            say(f"loss before the first update: {metrics['train/loss']:.6f} (expected: {known_loss:.6f})")
         run.step, run.pairs = run.step + 1, run.pairs + len(pairs)
         metrics |= {"progress/epoch": run.pairs / run.epoch_pairs, "progress/pairs": run.pairs}
         metrics |= {"perf/tokens_per_second": tokens / (time.perf_counter() - start)}

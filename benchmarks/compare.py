@@ -494,14 +494,17 @@ def examine(book: dict[Job, Result], args: Args) -> list[dict[str, Any]]:
 
 @cache
 def code(text: str) -> str:
-    """A script without its docstring and comments."""
+    """A script without docstrings and comments."""
     tree = ast.parse(text)
-    return ast.dump(ast.Module(tree.body[1:] if ast.get_docstring(tree) else tree.body, []))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def load(args: Args) -> tuple[dict[Job, Result], list[str]]:
     """The finished runs, and what speaks against some; those with other flags than now are left out."""
-    book, remarks = {}, []
+    book, remarks, outdated = {}, [], {}
     for job in (job for job in plan(args) if job[0] != "annotate" and done(args, job)):
         folder, log = args.runs_dir / label(job), args.runs_dir / "logs" / f"{label(job)}.txt"
         script = RUNS[job[0]].split()[0]
@@ -510,8 +513,9 @@ def load(args: Args) -> tuple[dict[Job, Result], list[str]]:
             continue
         copy = folder / f"{script}.py"
         if copy.exists() and code(copy.read_text(encoding="utf-8")) != code(script_text(script)):
-            remarks.append(f"{label(job)} was run with another version of {script}.py")
+            outdated.setdefault(script, []).append(label(job))
         book[job] = Result(folder)
+    remarks += [f"With another version of {script}.py: {', '.join(names)}" for script, names in outdated.items()]
     return book, remarks
 
 

@@ -140,6 +140,11 @@ def bad_row(flags, tmp_path, row, *words, number=3, count=12):
         {"prompt": [{"role": "user", "content": None}], "chosen": [], "rejected": []},
         {"prompt": None, "chosen": None, "rejected": None},
         {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]},
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "chosen": [{"role": "user", "content": "a"}],
+            "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        },
     ],
     ids=str,
 )

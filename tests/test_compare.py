@@ -229,10 +229,20 @@ def test_runs_with_other_flags_are_left_out(args):
         write_run(args.runs_dir / f"dpo__{seed}", {0: START, 7: START})
         (args.runs_dir / "logs").mkdir(exist_ok=True)
         (args.runs_dir / "logs" / f"dpo__{seed}.txt").write_text(line + "\nand more")
-    (args.runs_dir / "dpo__1" / "dpo.py").write_text("# another text")
     book, remarks = compare.load(args)
-    assert list(book) == [("dpo", 1)]
-    assert [remark.split(" was run with ")[0] for remark in remarks] == ["dpo__1", "dpo__2"]
+    assert list(book) == [("dpo", 1)] and [remark.split()[0] for remark in remarks] == ["dpo__2"]
+
+
+def test_runs_of_other_code_are_named(args):
+    text = compare.script_text("dpo")
+    texts = [text, text.replace("the paper has 0.1", "a comment"), text.replace("lr_scheduler_type: ", "lr: ")]
+    texts += [text.replace("Losses and metrics of the pairs, (B,) each", "A docstring"), text.replace("beta * h", "h")]
+    for seed, other in enumerate(texts, 1):
+        write_run(args.runs_dir / f"dpo__{seed}", {0: START, 7: START})
+        (args.runs_dir / f"dpo__{seed}" / "dpo.py").write_text(other)
+    args.seeds = args.pre_dpo_seeds = 5
+    book, remarks = compare.load(args)
+    assert len(book) == 5 and remarks == ["With another version of dpo.py: dpo__3, dpo__5"]
 
 
 def test_claims(full):

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, load_script, run_script
 
 REGIONS = ["header", "args", "method", "procedure"]
-BUDGET = {"dpo": 1190, "ipo": 1200, "simpo": 1200, "pre_dpo": 1300, "spin": 1300, "oaif": 1320, "rlhf_ppo": 1600}
+BUDGET = {"dpo": 1190, "ipo": 1200, "simpo": 1200, "pre_dpo": 1300, "spin": 1300, "oaif": 1330, "rlhf_ppo": 1620}
 OPENING, CLOSING = re.compile(r" *# region method: (\w+)"), re.compile(r" *# endregion")
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)

@@ -270,6 +270,17 @@ def test_number_of_test_pairs(load, tmp_path):
     assert load(write_rows(tmp_path / "rows.jsonl", make_rows(50)), num_eval_prompts=3)[1] == [45, 46, 47]
 
 
+def test_lengths_are_shown(load, tmp_path, tokenizer, capsys):
+    """Of 101 pairs whose longer completions have 100 to 200 words."""
+    row, word = {"prompt": "7", "rejected": " no"}, len(tokenizer(" no").input_ids)
+    rows = [row | {"chosen": " no" * (100 + count)} for count in (*range(0, 101, 2), *range(1, 100, 2))]
+    write_rows(tmp_path / "train.jsonl", rows)
+    load(tmp_path, dataset_test_split="train")
+    rest = len(tokenizer("7").input_ids) + 1
+    half, most, whole = (rest + word * words for words in (150, 195, 200))
+    assert f"half up to {half}, 95 % up to {most}, all up to {whole}\n" in capsys.readouterr().out
+
+
 def test_file_types(load, tmp_path):
     lines = write_rows(tmp_path / "a.jsonl", make_rows(20))
     Path(tmp_path / "b.json").write_text(json.dumps(make_rows(20), indent=1), encoding="utf-8")

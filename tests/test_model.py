@@ -371,10 +371,14 @@ def test_judge_with_another_tokenizer(start, tiny_model, tiny_copy):
         messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False).removeprefix("<|start|>"))
         assert tokenizer(texts[-1]).input_ids.count(tokenizer.bos_token_id) == 1
+    expected = [read_last_token(path, text) for text in texts]
     run, _ = start(dpo, tiny_model())
-    assert dpo.judge(run, *dpo.load_judge(run, str(path)), QUESTIONS, ANSWERS) == pytest.approx(
-        [read_last_token(path, text) for text in texts], abs=1e-4
-    )
+    assert dpo.judge(run, *dpo.load_judge(run, str(path)), QUESTIONS, ANSWERS) == pytest.approx(expected, abs=1e-4)
+    # A tokenizer that leaves this token to the template.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(path)
+    assert tokenizer("<|start|>a").input_ids.count(tokenizer.bos_token_id) == 1 and not tokenizer("").input_ids
+    assert dpo.judge(run, *dpo.load_judge(run, str(path)), QUESTIONS, ANSWERS) == pytest.approx(expected, abs=1e-4)
 
 
 def test_judge_without_a_template_reads_question_and_answer(start, tiny_model, tiny_copy):

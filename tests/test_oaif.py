@@ -19,7 +19,7 @@ def flags(tiny_model, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", text_pairs(8))
     paths = {"model_name_or_path": tiny_model(), "dataset_name": data, "output_dir": str(tmp_path / "run")}
     options = {"batch_size": 4, "max_new_tokens": 6, "eval_steps": 1000, "learning_rate": 1e-2}
-    others = {"judge_name_or_path": None, "dataset_test_split": "train"}
+    others = {"judge_name_or_path": None, "dataset_test_split": "train", "annotator_instruction": "Be kind."}
     return paths | options | others | {"annotator_name_or_path": tiny_model("qwen3")}
 
 
@@ -85,14 +85,33 @@ def test_the_probability_of_a_reply_is_that_of_its_token(flags, tiny_copy, templ
     assert len(set(expected)) == 3
 
 
+def test_the_annotator_s_template_writes_its_first_token(flags, tiny_copy):
+    """As SmolLM2's, whose tokenizer has a beginning-of-sequence token and does not write it."""
+    path = tiny_copy("qwen3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.bos_token = "<|user|>"  # with which the template begins
+    tokenizer.save_pretrained(path)
+    ids = tokenizer("<|user|>Which?<|assistant|>").input_ids
+    assert ids[0] == tokenizer.bos_token_id == tokenizer("<|user|>").input_ids[0] and len(tokenizer("").input_ids) == 0
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        one, two = model(torch.tensor([ids])).logits[0, -1][[tokenizer(reply).input_ids[0] for reply in "12"]].exp()
+    run = run_of(flags | {"annotator_name_or_path": str(path)})
+    found = oaif.ask(run, oaif.load_annotator(run), ["Which?"]).item()
+    assert found == pytest.approx((one / (one + two)).item(), abs=1e-5)
+
+
 def test_both_orders_and_all_principles_are_averaged(flags, tmp_path):
     principles = tmp_path / "principles.txt"
     principles.write_text("Be kind.\n\nBe brief.\n")
     run = run_of(flags | {"principles": str(principles)})
     annotator = oaif.load_annotator(run)
-    prompts, firsts, seconds = ["Hotel?", [{"role": "user", "content": "Film?"}]], ["Good.", "Bad."], ["Poor.", "Fine."]
+    chat = [{"role": "user", "content": "Film?"}]
+    prompts, firsts, seconds = ["Hotel?", chat, [*chat, {"role": "assistant", "content": "Yes."}, *chat]], [], []
+    for first, second in (("Good.", "Poor."), ("Bad.", "Fine."), ("A.", "B.")):
+        firsts, seconds = [*firsts, first], [*seconds, second]
     orders = oaif.annotate(run, annotator, prompts, firsts, seconds)
-    for i, text in enumerate(("Hotel?", "Film?")):
+    for i, text in enumerate(("Hotel?", "Film?", "user: Film?\n\nassistant: Yes.\n\nuser: Film?")):
         sums = [0.0, 0.0]
         for instruction in ("Be kind.", "Be brief."):
             for order, answers in enumerate(((firsts[i], seconds[i]), (seconds[i], firsts[i]))):
@@ -162,6 +181,8 @@ def test_wrong_annotators(flags, tmp_path):
             oaif.main(oaif.Args(**flags | {"annotator_name_or_path": str(path)}))
     with pytest.raises(SystemExit, match="cannot compare real text"):
         oaif.main(oaif.Args(**flags | {"annotator_name_or_path": oaif.Args.annotator_name_or_path}))
+    with pytest.raises(SystemExit, match="instruction is about reviews: give another as --annotator-instruction"):
+        oaif.main(oaif.Args(**flags | {"annotator_instruction": oaif.Args.annotator_instruction}))
     with pytest.raises(SystemExit, match="--principles nowhere.txt: no such file"):
         oaif.main(oaif.Args(**flags, principles="nowhere.txt"))
 
@@ -200,6 +221,31 @@ def test_preferred_answers_are_chosen_and_written_out(flags, monkeypatch):
     for row in annotated:
         better = row["chosen"].count("e") - row["rejected"].count("e")
         assert better > 0 and row["annotator_prob"] == pytest.approx(1 / (1 + math.exp(-better)))
+
+
+def test_a_step_without_a_preference_ends_only_the_first(flags, monkeypatch):
+    """Equal answers say nothing of the annotator either."""
+    generate, steps = oaif.generate, []
+
+    def same_answers(run, prompts, *rest):
+        answers = generate(run, prompts, *rest)
+        if len(prompts) == 8:  # two answers to each of four prompts: a step, and no evaluation
+            steps.append(run.step)
+            equal = range(4) if run.step == 1 else [0]
+            answers = [answers[i - 4] if i - 4 in equal else answer for i, answer in enumerate(answers)]
+        return answers
+
+    monkeypatch.setattr(oaif, "generate", same_answers)
+    probs = torch.tensor([[0.9, 0.8, 0.2, 0.6], [0.1, 0.7, 0.1, 0.3]])  # the orders differ on the first and the last
+    monkeypatch.setattr(oaif, "annotate", lambda *inputs: probs)
+    flags["dataset_name"] = write_rows(oaif.Path(flags["dataset_name"]).with_name("more.jsonl"), text_pairs(12))
+    oaif.main(oaif.Args(**flags | {"num_eval_prompts": 3}))
+    rows = [row for row in read_rows(oaif.Path(flags["output_dir"]) / "metrics.jsonl") if "train/loss" in row]
+    assert steps == [0, 1, 2]
+    assert [row["method/ties"] for row in rows] == [1, 4, 1]
+    assert [row["method/order_agreement"] for row in rows] == [pytest.approx(2 / 3), 1, pytest.approx(2 / 3)]
+    assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[1]["train/grad_norm"] < 1e-4
+    assert len(read_rows(oaif.Path(flags["output_dir"]) / "annotated.jsonl")) == 6
 
 
 def test_learning_rate_0_only_annotates_and_other_scripts_train_on_it(flags, tmp_path):

@@ -273,6 +273,9 @@ def test_sft_step(flags):
 def test_reward_model_step(micro_batch_tokens, flags):
     run, _ = run_of(flags, micro_batch_tokens=micro_batch_tokens)
     pairs = rlhf.load_pairs(run, *rlhf.read_splits(run.args))[0]
+    probs = torch.tensor([1.0, 0.3] * (len(pairs) // 2), dtype=torch.float64)
+    for pair, prob in zip(pairs, probs.tolist(), strict=True):
+        pair.preference_prob = prob
     model, plain = (rlhf.load_scorer(run, flags["model_name_or_path"], torch.float32) for _ in range(2))
     margins = []
     for pair in pairs:
@@ -280,11 +283,12 @@ def test_reward_model_step(micro_batch_tokens, flags):
             naive_scores(plain, pair.prompt_ids, ids)[-1] for ids in (pair.chosen_ids, pair.rejected_ids)
         )
         margins.append(chosen - rejected)
-    losses = torch.log1p(torch.exp(-torch.stack(margins)))
+    margins = torch.stack(margins)
+    losses = probs * torch.log1p(torch.exp(-margins)) + (1 - probs) * torch.log1p(torch.exp(margins))
     losses.mean().backward()
     found, found_margins = rlhf.compare(run, model, pairs)
     torch.testing.assert_close(found, losses.detach().float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found_margins, torch.stack(margins).detach().float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_margins, margins.detach().float(), rtol=1e-4, atol=1e-4)
     for weight, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-3, atol=1e-5)
 

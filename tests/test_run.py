@@ -158,7 +158,7 @@ def test_samples(run_toy):
 def test_screen(run_toy, tmp_path, capsys):
     run_toy(output_dir=str(tmp_path / "run"))
     out = capsys.readouterr().out
-    assert "loss before the first update: 0.693147 (it must be 0.693147)" in out
+    assert "loss before the first update: 0.693147 (expected: 0.693147)" in out
     for word in ("learning rate 0.0003", "48 rows", "16 rows", "before:", "after:", "win_rate", str(tmp_path / "run")):
         assert word in out
     assert "Warning" not in out
@@ -497,6 +497,6 @@ def test_default_run_from_another_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("dpo__1__") and (folder / "model_outputs.json").exists()
-    assert "0.693147 (it must be 0.693147)" in result.stdout
+    assert "0.693147 (expected: 0.693147)" in result.stdout
     lines = [line for line in result.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert not [line for line in lines if not re.match(r"\s*(training|sampling|scoring):", line)], "unwanted lines"

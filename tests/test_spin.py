@@ -1,6 +1,7 @@
 """SPIN: its closed form, its data, and that each iteration plays against the policy of the last one."""
 
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -82,8 +83,11 @@ def test_rows_without_a_rejected_answer(flags):
 
 
 def test_a_row_without_an_answer(flags):
-    with pytest.raises(SystemExit, match="row 0 has the keys"):
-        spin.load_truths(run_of(flags), [{"prompt": "So:"}], [{"prompt": "So:"}], 0)
+    question = [{"role": "user", "content": "So?"}]
+    for row in ({"prompt": "So:"}, {"prompt": "So:", "response": "Yes."}, {"messages": question}):
+        message = rf"row 7 has the keys {re.escape(str(sorted(row)))}: needed are `messages` that end with an answer"
+        with pytest.raises(SystemExit, match=message):
+            spin.load_truths(run_of(flags), [{"prompt": "So:", "completion": "Yes."}], [row], 7)
 
 
 def test_each_iteration_plays_against_the_policy_of_the_last(flags, monkeypatch):
