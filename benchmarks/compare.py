@@ -76,7 +76,7 @@ CURVES = {
     "rlhf_ppo": ("--sft-epochs 0 --kl-coef", [0.02, 0.05, 0.15]),
 }
 SFT_STEPS = (32, 95, 158)  # those of spin.py at the ends of its iterations, if no answer is dropped
-OFFLINE = "--dataset-name {runs}/annotate__{seed} --dataset-train-split annotated --eval-steps 10"
+OFFLINE = "--dataset-name {runs}/annotate__{seed} --dataset-train-split annotated --eval-steps 20"
 CLAIM_RUNS = {  # by claim, beyond those above
     "2": {
         "dpo_sign": "dpo --num-train-epochs 5 --dataset-name {runs}/sign",
@@ -91,9 +91,9 @@ CLAIM_RUNS = {  # by claim, beyond those above
     "5": {f"sft_{steps}": f"sft --num-train-epochs 3 --max-steps {steps}" for steps in SFT_STEPS},
     "6": {
         "annotate": "oaif --learning-rate 0 --eval-steps 1000",
-        "online_dpo": "oaif --loss dpo --eval-steps 10",
-        "online_ipo": "oaif --loss ipo --eval-steps 10",
-        "online_slic": "oaif --loss slic --eval-steps 10",
+        "online_dpo": "oaif --loss dpo --eval-steps 20",
+        "online_ipo": "oaif --loss ipo --eval-steps 20",
+        "online_slic": "oaif --loss slic --eval-steps 20",
         "offline_dpo": f"dpo --beta 0.1 {OFFLINE}",  # oaif.py's beta of each loss
         "offline_ipo": f"ipo --beta 1.0 {OFFLINE}",
         "offline_slic": f"slic --beta 0.002 {OFFLINE}",
