@@ -592,6 +592,8 @@ Reward accuracy is that of a method's own reward: Pre-DPO's is relative to its g
 {defaults}
 ## Strengths
 
+Bars span the seeds.
+
 ![judge score against KL](frontier.svg)
 
 ![reward accuracy and response length against KL](lengths.svg)
@@ -643,7 +645,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """The figures; the same numbers give the same SVG files."""
+    """The figures, with means over the seeds and bars for their range; the same numbers give the same SVG files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -655,8 +657,12 @@ def draw(results: dict[str, Any], folder: Path) -> None:
         for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
             for k, (method, names) in enumerate(CURVE_RUNS.items()):
                 runs = [results["runs"][run] for run in names if metric in results["runs"][run]]
-                x, y = ([run[key]["mean"] for run in runs] for key in ("kl", metric))
-                dx, dy = ([run[key]["ci95"] or 0 for run in runs] for key in ("kl", metric))
+                points = [[run[key] for run in runs] for key in ("kl", metric)]
+                x, y = ([point["mean"] for point in some] for some in points)
+                dx, dy = (
+                    [[p["mean"] - min(p["values"]) for p in some], [max(p["values"]) - p["mean"] for p in some]]
+                    for some in points
+                )
                 flag, values = CURVES[method]
                 text = f"{METHODS[method]} ({flag.split('--')[-1]} {', '.join(map(str, values))})"
                 style = {"color": f"C{k}", "marker": "osD^vPX"[k], "capsize": 2, "elinewidth": 0.8}
@@ -670,7 +676,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="lower right" if name == "frontier" else "best")
         for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             figure.savefig(folder / f"{name}.{suffix}", metadata=metadata, dpi=150)
         pyplot.close(figure)
