@@ -226,7 +226,6 @@ def read_readme_table():
     return rows
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README yet")
 def test_readme_has_the_measured_lines():
     measured = {
         name: (len(read_lines(name)), count_changed_lines(read_lines("dpo"), read_lines(name))) for name in SCRIPTS
