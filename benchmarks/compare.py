@@ -93,9 +93,11 @@ CLAIM_RUNS = {  # by claim, beyond those above
         "annotate": "oaif --learning-rate 0 --eval-steps 1000",
         "online_dpo": "oaif --loss dpo --eval-steps 20",
         "online_ipo": "oaif --loss ipo --eval-steps 20",
+        "online_ipo_beta_0.05": "oaif --loss ipo --beta 0.05 --eval-steps 20",  # ipo.py's: with 1.0 little moves here
         "online_slic": "oaif --loss slic --eval-steps 20",
         "offline_dpo": f"dpo --beta 0.1 {OFFLINE}",  # oaif.py's beta of each loss
         "offline_ipo": f"ipo --beta 1.0 {OFFLINE}",
+        "offline_ipo_beta_0.05": f"ipo --beta 0.05 {OFFLINE}",
         "offline_slic": f"slic --beta 0.002 {OFFLINE}",
         "oaif_shorter": "oaif --annotator-instruction 'Prefer the shorter review.'",
     },
@@ -456,6 +458,7 @@ COMPARISONS = [  # claim, what, runs (with *: those of the curve), difference of
     ("5c", "judge score of SPIN: first iteration's gain less the last's", "spin", lambda a: gain(0)(a) - gain(2)(a), 0),
     ("6a", "judge score, DPO loss: online less offline, at five KLs", "online_dpo offline_dpo", training_gap, 0),
     ("6a", "judge score, IPO loss: online less offline, at five KLs", "online_ipo offline_ipo", training_gap, 0),
+    ("6a", "the same with beta 0.05", "online_ipo_beta_0.05 offline_ipo_beta_0.05", training_gap, 0),
     ("6a", "judge score, SLiC loss: online less offline, at five KLs", "online_slic offline_slic", training_gap, 0),
     ("6b", 'tokens: told "more positive" less told "shorter"', "oaif oaif_shorter", LENGTH, 0),
     ("7", "reward model's score: at the end less at the judge's peak", "ppo_no_kl", proxy_gain, 0),

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -305,7 +306,6 @@ def test_folder_of_splits(load, tmp_path):
 
 
 def test_save_to_disk(load, tmp_path):
-    datasets = pytest.importorskip("datasets")
     train, test = (datasets.Dataset.from_list(make_rows(count)) for count in (20, 5))
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "two")

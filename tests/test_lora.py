@@ -3,6 +3,7 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -61,7 +62,6 @@ def tokenizer():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_saved_adapter_gives_the_numbers_of_the_evaluation(name, base, tokenizer):
-    peft = pytest.importorskip("peft")
     folder = new_folder()
     ended = finish(name, folder, "--lora-rank", "8", "--save-steps", "1", patch=PATCH)
     assert "the base weights are as they were" in ended.stdout

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SCRIPTS, load_script, make_batch, minimise
+from conftest import load_script, make_batch, minimise
 
 dpo = load_script("dpo")
 
@@ -106,7 +106,6 @@ LOSSES = {
     "pre_dpo": ("pre_dpo", "compute_loss", {"beta": 0.1}),
     "pre_dpo, guide": ("pre_dpo", "compute_simpo_loss", {"beta": 2.5, "gamma_beta_ratio": 0.5}),
 }
-LOSSES = {name: loss for name, loss in LOSSES.items() if loss[0] in SCRIPTS}
 
 
 @pytest.mark.parametrize("prob, smoothing", [(1.0, 0.0), (1.0, 0.2), (0.7, 0.0), (0.7, 0.2), (0.0, 0.0), (0.5, 0.1)])

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 
+import peft
 import pytest
 import torch
 import transformers
@@ -538,7 +539,6 @@ def test_resume_on_two_processes(flags):
 @pytest.mark.slow
 def test_lora(tmp_path):
     """Stages are saved as whole models, the policy as an adapter of stage 1's; the KL is to the initial policy."""
-    peft = pytest.importorskip("peft")
     folder = whole_run("rlhf_ppo", *LORA)
     sft = transformers.AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32)
     assert not [name for name in sft.state_dict() if "lora" in name]

@@ -466,7 +466,6 @@ def read_wandb(file):
 
 
 def test_tracked_run(small_toy, tmp_path):
-    pytest.importorskip("wandb")
     args = {**QUICK, "dataset_name": small_toy, "output_dir": tmp_path / "run", "wandb_project_name": "some-project"}
     flags = [word for name, value in args.items() for word in (f"--{name.replace('_', '-')}", value)]
     result = run_script(ROOT / "dpo.py", "--track", *flags, cwd=tmp_path)
