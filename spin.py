@@ -10,11 +10,11 @@ these pairs with pi_t as the frozen reference, and its result is the opponent pi
 
 Trained to the end on its own answers alone, an iteration gives p_t (p_data / p_t)^(1/beta) up to a factor (the paper's
 Section 5, where beta is lambda): beta 1 arrives at once, beta 2 halves the gap of log-probabilities, and below 0.5 each
-iteration overshoots further. With the paper's 0.1, small learning rates and early stopping have to hold the policy.
+iteration overshoots further: with the paper's 0.1, small learning rates have to hold the policy. The test bed has 1.
 
 Where sources differ, this script
-- takes beta 1, with which the authors' learning rates are untried on real models: 5e-7 5e-7 1e-7 1e-7 (ten times that
-  with LoRA) go with their --beta 0.1 0.1 0.1 5;
+- takes betas and learning rates from the authors' scripts, 0.1 0.1 0.1 5 and 5e-7 5e-7 1e-7 1e-7 (ten times the
+  latter with LoRA), but 3 iterations instead of 4;
 - starts each iteration from the policy of the last one, and adds the pairs of the last one to the new ones;
 - draws prompts anew for each iteration (paper: the same 50,000 in all);
 - samples at temperature 1, as the theory wants (authors: generate.py is greedy, generate_vllm.py samples at 1); cut
@@ -120,13 +120,13 @@ class Args:
     # --- SPIN ---
     num_iterations: int = 3  # times that the policy answers and is trained; the paper has 4
     learning_rate: tuple[float, ...] | None = None  # an iteration's, the last for all later; None = the authors'
-    beta: tuple[float, ...] = (1.0,)  # strength of the pull to the opponent, for each iteration in the same way
+    beta: tuple[float, ...] | None = None  # pull to the opponent, likewise; None = the authors', 1 on the test bed
     prompts_per_iteration: int = 2000  # prompts to answer in each iteration; the paper has 50,000
     rollout_temperature: float = 1.0  # of the opponent's answers
     mix_previous: bool = True  # train on the pairs of the last iteration as well
 
 
-PAPER_LEARNING_RATES = (5e-7, 5e-7, 1e-7, 1e-7)
+PAPER_LEARNING_RATES, PAPER_BETAS = (5e-7, 5e-7, 1e-7, 1e-7), (0.1, 0.1, 0.1, 5.0)
 RANGES = {"num_iterations": (1, 1e9), "prompts_per_iteration": (1, 1e9), "rollout_temperature": (1e-9, 1e9)}
 # endregion
 
@@ -766,7 +766,8 @@ def load_truths(run: Run, train_rows: list[dict], test_rows: list[dict], first_t
                 fail(f"{args.dataset_name} for {purpose}, row {number} has the keys {sorted(row)}: needed are {forms}")
         pairs = encode_rows(run, truths, f"{args.dataset_name} for {purpose}", first_row)
         splits.append([pair for pair in pairs if len(pair.prompt_ids) + args.max_new_tokens <= run.positions])
-        say(f"  {len(pairs) - len(splits[-1])} of them leave no room for an answer of {args.max_new_tokens} tokens")
+        if len(splits[-1]) < len(pairs):
+            say(f"  {len(pairs) - len(splits[-1])} of them leave no room for an answer of {args.max_new_tokens} tokens")
     if not all(splits):
         fail(f"--dataset-name {args.dataset_name}: no row is left to {'test' if splits[0] else 'train'} on")
     return [splits[0], splits[1][: args.num_eval_prompts]]
@@ -1247,12 +1248,14 @@ def main(args: Args) -> None:
     truths, test_truths = load_truths(run, *read_splits(args))
     run.eval_prompts, run.epoch_pairs = load_eval_prompts(run, test_truths), len(truths)
     rates = args.learning_rate or [pick_learning_rate(args, policy, None, rate) for rate in PAPER_LEARNING_RATES]
-    if min(args.beta, default=0) <= 0 or min(rates) < 0:
+    toy = getattr(policy.config, "cleanpo_toy", False)
+    betas = ((1.0,) if toy else PAPER_BETAS) if args.beta is None else args.beta
+    if min(betas, default=0) <= 0 or min(rates) < 0:
         fail("--beta must be above 0 and --learning-rate at least 0 in each iteration")
-    open_folder(run, {"learning_rate": list(rates)})
+    open_folder(run, {"learning_rate": list(rates), "beta": list(betas)})
     previous = []
     for t in range(args.num_iterations if args.max_steps != 0 else 1):
-        beta, learning_rate = args.beta[min(t, len(args.beta) - 1)], rates[min(t, len(rates) - 1)]
+        beta, learning_rate = betas[min(t, len(betas) - 1)], rates[min(t, len(rates) - 1)]
         seed, first_step = 1_000_003 * args.seed + 2 * t, run.step
         drawn = torch.randperm(len(truths), generator=torch.Generator().manual_seed(seed))
         asked = [truths[i] for i in drawn[: args.prompts_per_iteration].tolist()]

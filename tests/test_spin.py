@@ -1,5 +1,6 @@
 """SPIN: its closed form, its data, and that each iteration plays against the policy of the last one."""
 
+import json
 import math
 import re
 import signal
@@ -132,11 +133,36 @@ def test_answers_are_the_opponents_own(flags):
     assert any(row["rejected_ids"][-1] != 0 for row in rows)  # cut: no end-of-sequence token was added
 
 
-def test_iterations_have_betas_and_learning_rates_of_their_own(flags):
+@pytest.fixture
+def settings(monkeypatch):
+    """Beta and learning rate of each iteration that is trained."""
+    seen, train = [], spin.train
+
+    def watched(run, policy, pairs_at, num_steps, loss_fn, learning_rate, **options):
+        seen.append((loss_fn.keywords["beta"], learning_rate))
+        return train(run, policy, pairs_at, num_steps, loss_fn, learning_rate, **options)
+
+    monkeypatch.setattr(spin, "train", watched)
+    return seen
+
+
+def test_iterations_have_betas_and_learning_rates_of_their_own(flags, settings):
     own = {"learning_rate": (1e-3, 1e-4), "beta": (0.1, 5.0), "lr_scheduler_type": "constant", "num_iterations": 3}
     spin.main(spin.Args(**flags | own, mix_previous=False))
     rows = [row for row in read_rows(spin.Path(flags["output_dir"]) / "metrics.jsonl") if "train/loss" in row]
     assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3] * 2 + [1e-4] * 4)
+    assert settings == [(0.1, 1e-3), (5.0, 1e-4), (5.0, 1e-4)]
+
+
+@pytest.mark.parametrize("toy", [False, True])
+def test_default_betas_and_learning_rates(flags, settings, tiny_model, toy):
+    """For a real model those of the authors' scripts (uclaml/SPIN, configs/ and scripts/)."""
+    own = {"model_name_or_path": tiny_model(cleanpo_toy=toy), "learning_rate": None, "num_iterations": 5}
+    spin.main(spin.Args(**flags | own))
+    authors = [(0.1, 5e-7), (0.1, 5e-7), (0.1, 1e-7), (5.0, 1e-7), (5.0, 1e-7)]
+    assert settings == ([(1.0, 3e-4)] * 5 if toy else authors)
+    resolved = json.loads((spin.Path(flags["output_dir"]) / "args.json").read_text())["resolved"]
+    assert resolved["beta"][0] == settings[0][0] and resolved["learning_rate"][-1] == settings[-1][1]
 
 
 def test_empty_answers_and_the_truth_itself_are_left_out(flags, monkeypatch):
