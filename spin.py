@@ -10,7 +10,7 @@ these pairs with pi_t as the frozen reference, and its result is the opponent pi
 
 Trained to the end on its own answers alone, an iteration gives p_t (p_data / p_t)^(1/beta) up to a factor (the paper's
 Section 5, where beta is lambda): beta 1 arrives at once, beta 2 halves the gap of log-probabilities, and below 0.5 each
-iteration overshoots further: with the paper's 0.1, small learning rates have to hold the policy. The test bed has 1.
+iteration overshoots further, so that with the paper's 0.1 small learning rates hold the policy. The test bed has 1.
 
 Where sources differ, this script
 - takes betas and learning rates from the authors' scripts, 0.1 0.1 0.1 5 and 5e-7 5e-7 1e-7 1e-7 (ten times the
