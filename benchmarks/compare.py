@@ -589,6 +589,7 @@ Written by `compare.py`, whose docstring has the rules; not to be edited. {versi
 time with one thread each; seeds 1 to {seeds}, {prompts:,} test prompts. Means over seeds ± half the 95 % interval. Win
 rates are against the initial policy, KL is to it, in nats a response. Differences from DPO's judge score are paired.
 Reward accuracy is that of a method's own reward: Pre-DPO's is relative to its guide, SPIN's is about own answers.
+Seconds are of training and evaluation, without the references' log-probabilities and the answers in SPIN's pairs.
 
 ## Defaults
 
