@@ -38,7 +38,7 @@ START = [(0.0, 20, 0.0), (1.0, 20, 0.0), (-1.0, 20, 0.0), (-2.0, 20, 0.0)]
 
 @pytest.fixture
 def args(tmp_path):
-    return compare.Args(runs_dir=tmp_path / "runs", seeds=3, pre_dpo_seeds=3)
+    return compare.Args(runs_dir=tmp_path / "runs", seeds=3, more_seeds=4)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_order_of_runs():
     jobs = compare.plan(compare.Args())
     assert len(jobs) == len(set(jobs)) and {name for name, _ in jobs} == set(compare.RUNS)
     assert jobs[:7] == [(name, 1) for name in compare.METHODS] and jobs[7] == ("dpo", 2)
-    assert ("dpo_beta_eff", 5) in jobs and ("ipo", 4) not in jobs
+    assert {("dpo_beta_eff", 5), ("offline_slic", 5)} < set(jobs) and not {("ipo", 4), ("oaif_shorter", 4)} & set(jobs)
     assert all(jobs.index(compare.needs(job)) <= jobs.index(job) for job in jobs)
     assert compare.needs(("offline_slic", 2)) == ("annotate", 2)
 
@@ -237,7 +237,7 @@ def test_runs_of_other_code_are_named(args):
     for seed, other in enumerate(texts, 1):
         write_run(args.runs_dir / f"dpo__{seed}", {0: START, 7: START})
         (args.runs_dir / f"dpo__{seed}" / "dpo.py").write_text(other)
-    args.seeds = args.pre_dpo_seeds = 5
+    args.seeds = args.more_seeds = 5
     book, remarks = compare.load(args)
     assert len(book) == 5 and remarks == ["With another version of dpo.py: dpo__3, dpo__5"]
 
@@ -245,10 +245,15 @@ def test_runs_of_other_code_are_named(args):
 def test_claims(full):
     results = compare.aggregate(full)
     assert results["missing"] == []
-    checks = {check["text"]: check for claim in results["claims"] for check in claim["comparisons"]}
-    assert all("mean" in check and len(check["seeds"]) + len(check["undefined"]) == 3 for check in checks.values())
+    assert set(compare.MORE_SEEDS) < set(compare.CLAIMS)
+    checks = {}
+    for claim in results["claims"]:
+        seeds = 4 if claim["number"] in compare.MORE_SEEDS else 3
+        for check in claim["comparisons"]:
+            assert "mean" in check and len(check["seeds"]) + len(check["undefined"]) == seeds
+            checks[check["text"]] = check
     auc = checks["AUC of true against flipped labels less 0.5: guide DPO"]
-    assert auc["values"] == pytest.approx([0.41, 0.42, 0.43]) and auc["verdict"] == "holds"
+    assert auc["values"] == pytest.approx([0.41, 0.42, 0.43, 0.44]) and auc["verdict"] == "holds"
     # The margin in nats is the reward's, 0.1, divided by beta; the target is 1 / (2 beta) = 5.
     assert next(check for text, check in checks.items() if text.startswith("IPO"))["mean"] == pytest.approx(4)
     # Scores grow to the end, so that no fall can be seen and the proxy gains nothing after the peak.
