@@ -44,7 +44,7 @@ import tyro
 import wandb
 from datasets import load_dataset
 from huggingface_hub import snapshot_download
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -54,7 +54,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 # load_pairs reads and tokenises, plan_batches makes the batches of all steps, micro_batches the forward passes of one.
 # sequence_logps is what a model says of a row, compute_loss, the method, what becomes of it. mean_loss backpropagates,
 # train updates the weights, evaluate samples answers and has them judged. main tells it all in order.
-# Shapes: B pairs, N sequences, T tokens, V vocabulary.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -288,7 +287,8 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         return model.requires_grad_(False)
     if args.lora_rank > 0:
         torch.manual_seed(args.seed)
-        model.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear"))
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)  # adapters are float32, all other weights frozen
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # mixed precision is FSDP's, on one device too
