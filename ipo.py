@@ -167,7 +167,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on, and pairs to test on."""
     args, path = run.args, Path(run.args.dataset_name)
     if path.is_file():
-        splits = load_dataset(str(path.parent), data_files=path.name, streaming=True)
+        splits = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), streaming=True)
     else:  # files are streamed, since the cache of datasets misses a change that keeps a file's time
         splits = load_dataset(args.dataset_name, streaming=path.exists())
     train_pairs = encode_rows(run, splits[args.dataset_train_split], args.dataset_train_split)
@@ -214,8 +214,8 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     parts = (prompt, chosen, rejected)
-    filled = [part and (isinstance(part, str) or part[-1]["content"]) for part in parts]
-    if {type(part) for part in parts} not in ({str}, {list}) or not all(filled):
+    alike = {type(part) for part in parts} in ({str}, {list})
+    if not alike or not all([part and (part if isinstance(part, str) else part[-1]["content"]) for part in parts]):
         forms = "prompt, chosen and rejected as strings or chat messages, or chosen and rejected as conversations"
         sys.exit(f"error: {where} has the keys {sorted(row)}, and not, without any empty one, {forms}")
     return parts
@@ -561,7 +561,7 @@ def start_run(args: Args) -> Run:
     settled = {flag: values[toy] for flag, values in args.DEFAULTS.items()}
     settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None, "output_dir": gather({RANK: name})[0]}
     if args.lora_rank > 0 and not toy:
-        settled["learning_rate"] *= 10
+        settled["learning_rate"] = round(10 * settled["learning_rate"], 12)
     settled = {flag: value for flag, value in settled.items() if getattr(args, flag) is None}
     positions = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     settled["max_new_tokens"] = min(args.max_new_tokens, positions // 2)

@@ -23,13 +23,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
-SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "oaif", "rlhf_ppo"]
-# For tests that cost seconds a script: dpo.py is in the fast tier, its siblings share its text and are in the slow one.
+MINIMAL = ["dpo", "ipo", "simpo"]  # the second edition
+SCRIPTS = ["pre_dpo", "spin", "oaif", "rlhf_ppo"]  # the first edition, whose tests these are but for test_minimal.py
+# For tests that cost seconds a script: pre_dpo.py is in the fast tier, its siblings share its text: the slow one.
 # What costs more, and is about shared text alone, is in the slow tier for dpo.py and in the full one for its siblings.
 # rlhf_ppo.py trains in stages of its own, and has tests of its own for that.
 SIBLINGS = [name for name in SCRIPTS if name != "rlhf_ppo"]
-SIBLINGS_BY_TIER = [pytest.param(name, marks=[pytest.mark.slow] if name != "dpo" else []) for name in SIBLINGS]
-SLOW_SIBLINGS = [pytest.param(name, marks=pytest.mark.slow if name == "dpo" else pytest.mark.full) for name in SIBLINGS]
+SIBLINGS_BY_TIER = [pytest.param(name, marks=[pytest.mark.slow] if name != "pre_dpo" else []) for name in SIBLINGS]
+SLOW_SIBLINGS = [
+    pytest.param(name, marks=pytest.mark.slow if name == "pre_dpo" else pytest.mark.full) for name in SIBLINGS
+]
 
 SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -111,13 +114,13 @@ def text_pairs(count):
 
 
 def make_batch(count=5, seed=0, **changes):
-    """A PairBatch of random numbers in float64."""
+    """A Batch of random numbers in float64."""
     import torch
 
-    fields, generator = load_script("dpo").PairBatch._fields, torch.Generator().manual_seed(seed)
+    fields, generator = load_script("dpo").Batch._fields, torch.Generator().manual_seed(seed)
     values = {name: torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20 for name in fields}
     values["preference_prob"] = torch.ones(count, dtype=torch.float64)
-    return load_script("dpo").PairBatch(**values | changes)
+    return load_script("dpo").Batch(**values | changes)
 
 
 def minimise(loss, size):

@@ -10,7 +10,7 @@ import transformers
 from conftest import ROOT, load_script, read_folder, read_rows, run_script, text_pairs, write_rows
 from safetensors.torch import load_file, save_file
 
-dpo = load_script("dpo")
+dpo = load_script("pre_dpo")
 
 ROWS = text_pairs(12)
 MISSING = "some-owner/no-such-thing"
@@ -450,13 +450,15 @@ def test_weights_that_overflow(flags):
 
 
 def test_exit_status(flags, tmp_path):
-    result = run_script(ROOT / "dpo.py", "--dataset-name", tmp_path / "none.jsonl", "--output-dir", tmp_path / "run")
+    result = run_script(
+        ROOT / "pre_dpo.py", "--dataset-name", tmp_path / "none.jsonl", "--output-dir", tmp_path / "run"
+    )
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "none.jsonl" in result.stderr
 
 
 def test_exit_status_of_unknown_flags(tmp_path):
-    result = run_script(ROOT / "dpo.py", "--bata", "0.1", "--output-dir", tmp_path / "run")
+    result = run_script(ROOT / "pre_dpo.py", "--bata", "0.1", "--output-dir", tmp_path / "run")
     assert result.returncode == 2 and "--bata" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
@@ -464,7 +466,7 @@ def test_exit_status_of_unknown_flags(tmp_path):
 def test_exit_status_in_the_middle_of_a_run(spoilt):
     shutil.rmtree(spoilt["output_dir"], ignore_errors=True)
     words = [word for name, value in spoilt.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    result = run_script(ROOT / "dpo.py", *words)
+    result = run_script(ROOT / "pre_dpo.py", *words)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     errors = [line for line in result.stderr.replace("\r", "\n").splitlines() if "error:" in line]
     assert len(errors) == 1 and errors[0].startswith("error: step 1")

@@ -12,7 +12,7 @@ from conftest import TOY, load_script, write_rows
 from pyarrow import Table, parquet
 from tokenizers.processors import TemplateProcessing
 
-dpo = load_script("dpo")
+dpo = load_script("pre_dpo")
 
 END = 0  # id of the tokenizer's <|end|>
 QUESTION, GOOD, BAD = "Which hotel?", "The great one.", "I do not know."

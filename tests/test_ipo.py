@@ -71,7 +71,7 @@ def test_margin_settles_where_that_of_dpo_grows(tiny_model, tmp_path):
     """The same answers preferred in many epochs: at beta 0.5 IPO aims at 1 nat."""
     data = write_rows(tmp_path / "data.jsonl", text_pairs(4))
     flags = {"model_name_or_path": tiny_model(initializer_range=0.02), "dataset_name": data}
-    flags |= {"dataset_test_split": "train", "judge_name_or_path": None, "max_new_tokens": 1, "eval_steps": 1000}
+    flags |= {"dataset_test_split": "train", "max_new_tokens": 1, "eval_steps": 1000}
     flags |= {"batch_size": 4, "num_train_epochs": 400, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
     h = {}
     for script in (ipo, dpo):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import FAMILIES, load_script
 
-dpo = load_script("dpo")
+dpo = load_script("pre_dpo")
 
 CAUSAL = [family for family in FAMILIES if family != "bert"]
 LOSS = partial(dpo.compute_loss, beta=0.5, label_smoothing=0.1)

@@ -254,7 +254,7 @@ def test_learning_rate_0_only_annotates_and_other_scripts_train_on_it(flags, tmp
     before, after = weights_of(flags["model_name_or_path"]), weights_of(folder / "model")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(read_rows(folder / "annotated.jsonl")) == 8
-    dpo = load_script("dpo")
+    dpo = load_script("pre_dpo")
     names = ("model_name_or_path", "batch_size", "max_new_tokens", "judge_name_or_path")
     again = {name: flags[name] for name in names} | {"dataset_name": str(folder / "annotated.jsonl")}
     dpo.main(dpo.Args(**again, output_dir=str(tmp_path / "dpo")))

@@ -210,7 +210,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_saved_reward_model_judges_as_it_was_trained(template, flags, tmp_path):
     """The scores that any script's --judge-name-or-path gives are those of the answers' last tokens in training."""
-    dpo = load_script("dpo")
+    dpo = load_script("pre_dpo")
     if TEMPLATES[template]:
         (tmp_path / "template.jinja").write_text(TEMPLATES[template])
         flags = flags | {"chat_template": str(tmp_path / "template.jinja")}

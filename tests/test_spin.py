@@ -184,7 +184,7 @@ def test_empty_answers_and_the_truth_itself_are_left_out(flags, monkeypatch):
 
 
 def test_other_scripts_train_on_the_pairs_of_an_iteration(flags, tmp_path):
-    dpo = load_script("dpo")
+    dpo = load_script("pre_dpo")
     spin.main(spin.Args(**flags))
     again = {name: flags[name] for name in ("model_name_or_path", "batch_size", "max_new_tokens", "judge_name_or_path")}
     folder = spin.Path(flags["output_dir"]) / "iteration-1"
