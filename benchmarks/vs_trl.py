@@ -65,9 +65,9 @@ def settings_of(side: str, contest: str, args: Args, machine: dict[str, Any]) ->
         both |= {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "beta": BETA}
         both |= {"gradient_checkpointing": False}
     if side == "dpo.py":
-        flags = both | {"batch_size": args.pairs_per_step, "judge_name_or_path": None}
+        flags = both | {"batch_size": args.pairs_per_step}
         if equal:
-            flags |= {"dtype": "float32" if check else args.dtype, "attn_implementation": "sdpa"}
+            flags |= {"dtype": "float32" if check else machine["dtype"]}  # attention is sdpa by default
         return flags | {"num_train_epochs": CHECK_STEPS if check else 1}
     pairs = args.device_batch if equal else TRL_BATCH
     config = both | {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": args.pairs_per_step // pairs}
@@ -88,27 +88,29 @@ def choose_pairs(job: dict[str, Any], _: Path) -> dict[str, Any]:
 
     args, folder = Args(**job["args"]), Path(job["data"])
     data = {"dataset_name": args.dataset_name, "max_length": args.max_length, "batch_size": args.pairs_per_step}
-    model = {"model_name_or_path": args.model_name_or_path, "dtype": args.dtype, "judge_name_or_path": None}
-    flags = dpo.Args(**data, **model, seed=args.seed)
-    run = dpo.start_run(flags)
-    dpo.load_policy(run, args.model_name_or_path)
-    splits = dpo.read_splits(flags)
-    fitting, rows = dpo.load_pairs(run, *splits)[0], splits[0]
+    dtype = {} if args.dtype == "auto" else {"dtype": args.dtype}
+    run = dpo.start_run(dpo.Args(**data, **dtype, model_name_or_path=args.model_name_or_path, seed=args.seed))
+    fitting, _ = dpo.load_pairs(run)
     count = args.pairs_per_step * (args.warmup_steps + args.steps)
     if len(fitting) < count:
         sys.exit(f"error: {count} pairs are needed, and {len(fitting)} are of at most {args.max_length} tokens")
+    path = Path(args.dataset_name)
+    source = {"data_files": str(path), "path": "json"} if path.is_file() else {"path": args.dataset_name}
+    rows = list(dpo.load_dataset(**source, streaming=path.exists())["train"])
     pairs = random.Random(args.seed).sample(fitting, count)
     for name, some, epochs in (("agreement", pairs[: args.pairs_per_step], CHECK_STEPS), ("contest", pairs, 1)):
         (folder / name).mkdir()
-        batches = dpo.plan_batches(replace(flags, num_train_epochs=epochs), some)
-        visited = [pair for batch in batches for pair in sorted(batch, key=len, reverse=True)]
+        batches = dpo.plan_batches(replace(run.args, num_train_epochs=epochs), len(some))
+        visited = []
+        for batch in batches:
+            visited += sorted([some[i] for i in batch], key=len, reverse=True)
         # dpo.py wants a test set: the shortest pair, which adds next to nothing to the reference pass.
         for file, chosen in (("train", some), ("test", [min(some, key=len)]), ("trl", visited)):
-            parts = [dpo.split_row(rows[pair.row], bool(run.tokenizer.chat_template)) for pair in chosen]
+            parts = [dpo.split_row(rows[pair.row], "") for pair in chosen]
             lines = [json.dumps(dict(zip(("prompt", "chosen", "rejected"), part, strict=True))) for part in parts]
             (folder / name / f"{file}.jsonl").write_text("\n".join(lines))
-    gpu = dpo.torch.cuda.get_device_name() if run.device.type == "cuda" else None
-    facts = {"device": run.device.type, "gpu": gpu, "dtype": str(run.dtype).removeprefix("torch.")}
+    gpu = dpo.torch.cuda.get_device_name() if dpo.CUDA else None
+    facts = {"device": dpo.DEVICE.type, "gpu": gpu, "dtype": run.args.dtype}
     return facts | {"threads": dpo.torch.get_num_threads(), "stop_ids": run.stop_ids}
 
 
@@ -153,31 +155,32 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     import dpo
 
     watch, models, rows = Watch(job), [], []
-    token_logps, add_reference = dpo.token_logps, dpo.add_reference
+    sequence_logps, add_reference = dpo.sequence_logps, dpo.add_reference
 
-    def watched_logps(model, prompts, completions):
+    def watched_logps(model, some):
         if dpo.torch.is_grad_enabled():  # a micro-batch is two calls: chosen, then rejected
-            rows.extend(zip(prompts, completions, strict=True))
-            watch.micro_batch(len(prompts) / 2, sum(map(len, prompts + completions)))
-        return token_logps(model, prompts, completions)
+            rows.extend(some)
+            watch.micro_batch(len(some) / 2, sum(len(prompt) + len(answer) for prompt, answer in some))
+        return sequence_logps(model, some)
 
     def watched_reference(run, model, *rest):
         models.append(model)
         with dpo.torch.no_grad():
-            token_logps(model, [[0] * 64], [[0] * 64])  # warm-up
+            sequence_logps(model, [([0] * 64, [0] * 64)])  # warm-up
         start = watch.now()
-        add_reference(run, model, *rest)
-        watch.reference_seconds = watch.now() - start
+        pairs = add_reference(run, model, *rest)
+        watch.reference_seconds += watch.now() - start
+        return pairs
 
-    def cut_like_trl(lengths, rows_each, tokens, rank=0):
-        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-        size = job["args"]["device_batch"] * 2 // rows_each
+    def cut_like_trl(lengths, tokens):
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        size = job["args"]["device_batch"]
         return [order[k : k + size] for k in range(0, len(order), size)]
 
-    dpo.token_logps, dpo.add_reference = watched_logps, watched_reference
+    dpo.sequence_logps, dpo.add_reference = watched_logps, watched_reference
     dpo.evaluate, dpo.finish_run = (lambda *_: {}), (lambda *_: None)
     if job["contest"] != "defaults":
-        dpo.cut_by_length = cut_like_trl
+        dpo.micro_batches = cut_like_trl
     places = {"dataset_name": job["data"], "output_dir": str(folder / "run")}
     dpo.main(dpo.Args(model_name_or_path=job["args"]["model_name_or_path"], **places, **job["settings"]))
     watch.times.append(watch.now())

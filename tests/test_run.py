@@ -9,17 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import (
-    ROOT,
-    SIBLINGS_BY_TIER,
-    TOY,
-    load_script,
-    read_folder,
-    read_rows,
-    run_script,
-    text_pairs,
-    write_rows,
-)
+from conftest import ROOT, SIBLINGS_BY_TIER, TOY, load_script, read_folder, read_rows, run_script, write_rows
 
 dpo = load_script("pre_dpo")
 
