@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 MINIMAL = ["dpo", "ipo", "simpo"]  # the second edition
 SCRIPTS = ["pre_dpo", "spin", "oaif", "rlhf_ppo"]  # the first edition, whose tests these are but for test_minimal.py
-# Tests that cost seconds a script are in the slow tier for all of them; what costs more, and is about shared text alone,
+# Tests that cost seconds a script are in the slow tier; what costs more, and is about shared text alone,
 # is there for pre_dpo.py and in the full one for its siblings. rlhf_ppo.py trains in stages of its own and has its own.
 SIBLINGS = [name for name in SCRIPTS if name != "rlhf_ppo"]
 SIBLINGS_BY_TIER = [pytest.param(name, marks=pytest.mark.slow) for name in SIBLINGS]
