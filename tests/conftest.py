@@ -26,12 +26,10 @@ TOY = ROOT / "toy"
 MINIMAL = ["dpo", "ipo", "simpo"]  # the second edition
 SCRIPTS = ["pre_dpo", "spin", "oaif", "rlhf_ppo"]  # the first edition, whose tests these are but for test_minimal.py
 # Tests that cost seconds a script are in the slow tier; what costs more, and is about shared text alone,
-# is there for pre_dpo.py and in the full one for its siblings. rlhf_ppo.py trains in stages of its own and has its own.
+# is in the full one, since test_minimal.py has it for dpo.py. rlhf_ppo.py trains in stages of its own and has its own.
 SIBLINGS = [name for name in SCRIPTS if name != "rlhf_ppo"]
 SIBLINGS_BY_TIER = [pytest.param(name, marks=pytest.mark.slow) for name in SIBLINGS]
-SLOW_SIBLINGS = [
-    pytest.param(name, marks=pytest.mark.slow if name == "pre_dpo" else pytest.mark.full) for name in SIBLINGS
-]
+SLOW_SIBLINGS = [pytest.param(name, marks=pytest.mark.full) for name in SIBLINGS]
 
 SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
