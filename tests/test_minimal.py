@@ -18,6 +18,9 @@ from test_contract import read_lines, split_regions
 
 dpo = load_script("dpo")
 every_script = pytest.mark.parametrize("name", MINIMAL)
+SIBLINGS = [pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "simpo")]
+dpo_and_slowly_its_siblings = pytest.mark.parametrize("name", ["dpo", *SIBLINGS])
+LORA = pytest.param(["--lora-rank", "4"], marks=pytest.mark.slow, id="lora")
 FLAGS = ["--num-train-epochs", "2", "--eval-steps", "3", "--num-eval-prompts", "8", "--max-new-tokens", "16"]
 FLAGS += ["--batch-size", "8"]
 
@@ -116,7 +119,7 @@ def test_every_flag_is_read_and_none_is_set(name):
         assert not re.search(rf"args\.{flag} = ", text), flag
 
 
-@every_script
+@dpo_and_slowly_its_siblings
 def test_help_has_the_methods_flags_first(name):
     text = run_script(ROOT / f"{name}.py", "--help").stdout
     assert "https://arxiv.org/abs/" in text
@@ -289,7 +292,7 @@ def test_root_is_sharded_again_after_a_pass_without_gradients(tiny_model):
 # === Runs ===
 
 
-@every_script
+@dpo_and_slowly_its_siblings
 def test_a_run(name, data, tmp_path):
     """Checks at step 0, ties, and that the saved model is the trained one."""
     finish(name, tmp_path / "run", "--dataset-name", data, *FLAGS)
@@ -312,8 +315,8 @@ def test_a_run(name, data, tmp_path):
     assert any(not torch.equal(model.state_dict()[key], initial[key].float()) for key in initial)
 
 
-@pytest.mark.parametrize("flags", [[], ["--lora-rank", "4"]], ids=["full", "lora"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "dpo" else []) for n in MINIMAL])
+@pytest.mark.parametrize("flags", [pytest.param([], id="full"), LORA])
+@dpo_and_slowly_its_siblings
 def test_two_processes_and_being_killed(name, flags, data, tmp_path):
     """Two processes give the losses, norms and weights of one; a killed run goes on bit for bit, also on one of two."""
     flags = ["--dataset-name", data, *FLAGS, "--save-steps", "2", *flags]
@@ -367,7 +370,7 @@ def test_changed_data_are_refused(data, tmp_path):
     assert changed.returncode == 1 and "has changed since the run" in changed.stderr
 
 
-@every_script
+@dpo_and_slowly_its_siblings
 def test_defaults_work_alone(name, tiny_model, tmp_path):
     """A copy in an empty folder runs with a model and a file and nothing else."""
     (tmp_path / "script.py").write_text((ROOT / f"{name}.py").read_text())
