@@ -280,13 +280,20 @@ def test_root_is_sharded_again_after_a_pass_without_gradients(tiny_model):
     run = start(tiny_model(), dtype="bfloat16")
     model = dpo.load_model(run, run.args.model_name_or_path, trainable=True)
     rows = [([5, 6, 7], [8, 9])]
+
+    def assert_sharded():
+        for weight in model.parameters():
+            assert weight.dtype == torch.float32 and type(weight.data).__name__ == "DTensor"
+            assert weight.grad is not None
+
     dpo.sequence_logps(model, rows).sum().backward()
+    with torch.no_grad():
+        dpo.sequence_logps(model, rows)
+    assert_sharded()
     with dpo.inference(model):
         dpo.sequence_logps(model, rows)
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[5, 6, 7]]))
-    for weight in model.parameters():
-        assert weight.dtype == torch.float32 and type(weight.data).__name__ == "DTensor" and weight.grad is not None
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert_sharded()
 
 
 # === Runs ===
