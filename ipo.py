@@ -7,10 +7,10 @@ DPO's margin can grow without end. IPO regresses the same log-ratio to the froze
     loss = p (h - 1/(2 beta))^2 + (1 - p) (h + 1/(2 beta))^2
 
 p = 1 is IPO (Eq. 17; beta is the paper's tau); --label-smoothing, or a column preference_prob, lowers it. h settles at
-1/(2 beta), and at (2p - 1)/(2 beta) for a share p of agreeing labels. Where sources differ, this script
+(2p - 1)/(2 beta), also if p is the share of agreeing labels of a pair. Where sources differ, this script
 - sums log-probabilities over an answer's tokens, as the paper; --length-normalize takes means, as TRL: tune beta anew;
-- takes beta 0.05, better than 0.1 on the test bed (the paper has bandits, with 0.1 to 1), learning rate 5e-7 of DPO's
-  authors, ten times that with LoRA, and AdamW, and drops pairs over --max-length.
+- takes beta 0.1 (the paper has bandits alone, with 0.1 to 1), and 0.05 for the short answers of the test bed;
+- takes learning rate 5e-7 of DPO's authors, ten times that with LoRA, AdamW, and drops pairs over --max-length.
 The loss starts at 1/(2 beta)^2, and rewards/margins, beta times differences of sums, settle near 1/2.
 
     python ipo.py                                # the built-in test bed, about a minute on two CPU cores
@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -44,7 +45,6 @@ import tyro
 import wandb
 from datasets import load_dataset
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 # The text outside `# region method` ... `# endregion` is the same in all scripts. The way of the data through it:
 # load_pairs reads and tokenises, plan_batches makes the batches of all steps, micro_batches the forward passes of one.
-# sequence_logps is what a model says of a row, compute_loss, the method, what becomes of it. mean_loss backpropagates,
+# token_logps is what a model says of a row, compute_loss, the method, what becomes of it. mean_loss backpropagates,
 # train updates the weights, evaluate samples answers and has them judged. main tells it all in order.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
@@ -64,11 +64,11 @@ TOY = Path(__file__).resolve().parent / "toy"
 class Args:
     # region method: args
     # --- IPO ---
-    beta: float = 0.05  # strength of the pull to the reference: the margin aimed at is 1 / (2 beta) nats
+    beta: float | None = None  # strength of the pull: h is drawn to 1/(2 beta) nats; None = 0.1, 0.05 on the test bed
     length_normalize: bool = False  # divide each log-ratio by its number of tokens: the margin is per token
     label_smoothing: float = 0.0  # assumed share of flipped labels
     learning_rate: float | None = None  # None = 5e-7 as DPO's authors (5e-6 with LoRA), 3e-4 on the test bed
-    DEFAULTS = {"learning_rate": (5e-7, 3e-4)}  # in place of None: for a real model, and on the test bed
+    DEFAULTS = {"beta": (0.1, 0.1, 0.05), "learning_rate": (5e-7, 5e-6, 3e-4)}  # a real model, LoRA, the test bed
     # endregion
     # --- model ---
     model_name_or_path: str = str(TOY / "policy")  # initial policy: a causal language model, as hub id or folder
@@ -87,7 +87,6 @@ class Args:
     max_steps: int | None = None  # most optimiser steps; 0 = only evaluate
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # decay after warm-up; constant has neither
     warmup_ratio: float = 0.1  # share of the steps over which the learning rate rises
-    weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # --- evaluation ---
     eval_steps: int = 50  # steps between evaluations; the first and the last step are always evaluated
@@ -115,25 +114,20 @@ class Batch(NamedTuple):
 
 
 # region method: loss
-def compute_loss(
-    batch: Batch, beta: float, length_normalize: bool, label_smoothing: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def compute_loss(batch: Batch, beta: float, normalize: bool, label_smoothing: float) -> tuple[torch.Tensor, dict]:
     """Loss and metrics of each pair, (B,). These are some of a step's pairs only, so none may depend on others."""
     chosen_logratios = batch.chosen_logps - batch.ref_chosen_logps
     rejected_logratios = batch.rejected_logps - batch.ref_rejected_logps
     h = chosen_logratios - rejected_logratios
-    if length_normalize:
+    if normalize:
         h = chosen_logratios / batch.chosen_lengths - rejected_logratios / batch.rejected_lengths
     p = batch.preference_prob * (1 - label_smoothing) + (1 - batch.preference_prob) * label_smoothing
     losses = p * (h - 1 / (2 * beta)) ** 2 + (1 - p) * (h + 1 / (2 * beta)) ** 2  # p = 1: Eq. 17 of arXiv:2310.12036
-    margins = beta * (chosen_logratios - rejected_logratios)
     metrics = {
         "rewards/chosen": beta * chosen_logratios,
         "rewards/rejected": beta * rejected_logratios,
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
-        "logps/chosen": batch.chosen_logps,
-        "logps/rejected": batch.rejected_logps,
+        "rewards/margins": beta * (chosen_logratios - rejected_logratios),
+        "rewards/accuracies": (chosen_logratios > rejected_logratios).float(),
     }
     return losses, metrics
 
@@ -205,6 +199,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     return pairs
 
 
+# region method: rows
 def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected of a row, as strings or as lists of chat messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
@@ -221,6 +216,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     return parts
 
 
+# endregion
 def render(tokenizer: Any, prompt: str | list[dict], *answers: str | list[dict]) -> list[str]:
     """Texts of a prompt and of its answers: messages by the chat template, strings after the tokenizer's BOS."""
     if isinstance(prompt, str):
@@ -287,8 +283,9 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         return model.requires_grad_(False)
     if args.lora_rank > 0:
         torch.manual_seed(args.seed)
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        model = get_peft_model(model, lora)  # adapters are float32, all other weights frozen
+        lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        lora.task_type = "SEQ_CLS" if kind is AutoModelForSequenceClassification else "CAUSAL_LM"
+        model = peft.get_peft_model(model, lora)  # adapters are float32, all other weights frozen
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # mixed precision is FSDP's, on one device too
@@ -317,8 +314,8 @@ def inference(model: Any) -> Iterator[None]:
     model.train()  # there is no dropout: this is for gradient checkpointing
 
 
-def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Log-probability of each answer given its prompt, (N,) in float32, of N rows (prompt, answer)."""
+def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Log-probability of each answer token of N rows (prompt, answer), (N, T), where it is predicted; 0 elsewhere."""
     # Padding on the right needs no attention mask: no token that counts sees it, and attention is faster without.
     input_ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)  # (N, T)
     predicts = torch.zeros(input_ids.shape, dtype=torch.bool)  # where the next token is one of the answer
@@ -328,15 +325,15 @@ def sequence_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch
     logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=predicts).logits  # (answers' tokens, V)
     targets = input_ids.roll(-1, dims=1)[predicts]
     logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # bfloat16 would err by up to 0.1 nats a token
-    return torch.zeros(predicts.shape, device=DEVICE).masked_scatter(predicts, logps).sum(-1)
+    return torch.zeros(predicts.shape, device=DEVICE).masked_scatter(predicts, logps)
 
 
 def forward(model: Any, pairs: list[Pair]) -> Batch:
     """The log-probabilities of a micro-batch of pairs, with what else is known of them."""
     column = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
     return Batch(  # chosen and rejected pass apart: their lengths often differ much
-        chosen_logps=sequence_logps(model, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]),
-        rejected_logps=sequence_logps(model, [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]),
+        chosen_logps=token_logps(model, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]).sum(-1),
+        rejected_logps=token_logps(model, [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]).sum(-1),
         ref_chosen_logps=column([pair.ref_chosen_logp for pair in pairs]),
         ref_rejected_logps=column([pair.ref_rejected_logp for pair in pairs]),
         chosen_lengths=column([len(pair.chosen_ids) for pair in pairs]),
@@ -350,7 +347,7 @@ def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[lis
     logps = {}
     with inference(reference):
         # In the batches of the training: equal micro-batches are rounded equally, and margins start at exactly 0.
-        for indices in tqdm(batches, "reference", leave=False, disable=RANK > 0):
+        for indices in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
             new, share = [i for i in indices if i not in logps], {}
             for group in micro_batches([2 * len(pairs[i]) for i in new], run.args.micro_batch_tokens):
                 batch = forward(reference, [pairs[new[k]] for k in group])
@@ -361,36 +358,33 @@ def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[lis
     return [replace(pair, ref_chosen_logp=c, ref_rejected_logp=r) for pair, (c, r) in zip(pairs, logps, strict=True)]
 
 
-def mean_loss(run: Run, model: Any, pairs: list[Pair], loss_fn: Callable, backward: bool) -> dict[str, float]:
-    """Means of the pairs' losses and metrics; `backward` adds the gradient of the mean loss to the model's."""
+def mean_loss(run: Run, items: list, loss_of: Callable, backward: bool) -> dict[str, float]:
+    """Means of what loss_of gives for the items of micro-batches; `backward` adds the gradient of the mean loss."""
     rows = {}
-    for group in micro_batches([2 * len(pair) for pair in pairs], run.args.micro_batch_tokens):
-        losses, metrics = loss_fn(forward(model, [pairs[i] for i in group]))
+    for group in micro_batches([2 * len(item) for item in items], run.args.micro_batch_tokens):
+        losses, metrics = loss_of([items[i] for i in group])
         if not losses.isfinite().all():
-            sys.exit(f"error: a loss in rows {[pairs[i].row for i in group]} is not finite; nothing was updated")
+            sys.exit(f"error: a loss in rows {[items[i].row for i in group]} is not finite; nothing was updated")
         if backward:
-            (losses.sum() * WORLD_SIZE / len(pairs)).backward()  # FSDP takes the mean over the devices
+            (losses.sum() * WORLD_SIZE / len(items)).backward()  # FSDP takes the mean over the devices
         rows |= zip(group, torch.stack([losses, *metrics.values()], dim=1).tolist(), strict=True)
     return dict(zip(["loss", *metrics], torch.tensor(gather(rows)).mean(0).tolist(), strict=True))
 
 
-def train(
-    run: Run, models: dict, gradients_of: Callable, num_steps: int, rate: float, measure: Callable, first_step: int = 0
-) -> int:
-    """Train for num_steps steps with a fresh AdamW, counted on from first_step; gives the number of the last one.
+def train(run: Run, models: dict, gradients_of: Callable, steps: int, adamw: dict, measure: Callable, start=0) -> int:
+    """Train for a number of steps with a fresh AdamW, counted on from start; gives the last one's number.
 
     gradients_of(k) yields metrics whenever the models have the gradients of an update of step k = 0, 1, ... of this
     stage; measure(step) evaluates. A stage that the checkpoint to resume from has behind it is passed by.
     """
-    args, step, last_step = run.args, first_step, first_step + num_steps
+    args, step, last_step = run.args, start, start + steps
     if run.saved_step > last_step:
         return last_step
-    weights = [weight for weight in torch.nn.ModuleDict(models).parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=args.weight_decay, fused=True)
-    # The schedule's first rate is 0, and so is the one behind its last step: it is read for steps 1 to num_steps.
-    warmup_steps = math.ceil(args.warmup_ratio * num_steps)
-    schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, num_steps + 1).lr_lambdas[0]
-    if run.saved_step > first_step:
+    optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), weight_decay=0.0, fused=True, **adamw)
+    # The schedule's first rate is 0, and so is the one behind its last step: it is read for steps 1 to `steps`.
+    warmup_steps = math.ceil(args.warmup_ratio * steps)
+    schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, steps + 1).lr_lambdas[0]
+    if run.saved_step > start:
         step = run.saved_step
         reader = dcp.HuggingFaceStorageReader(str(run.folder / f"checkpoint-{step}"))
         dcp.load(training_state(models, optimizer), storage_reader=reader)
@@ -399,8 +393,8 @@ def train(
     bar = tqdm(range(step + 1, last_step + 1), "training", last_step, initial=step, mininterval=1, disable=RANK > 0)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = rate * schedule(step - first_step)
-        for metrics in gradients_of(step - first_step - 1):
+            group["lr"] = adamw["lr"] * schedule(step - start)
+        for metrics in gradients_of(step - start - 1):
             for name, model in models.items():
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
                 if not math.isfinite(norm):
@@ -409,8 +403,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix(loss=metrics["loss"], refresh=False)
-        metrics["learning_rate"] = group["lr"]
-        metrics = {f"train/{name}": value for name, value in metrics.items()}
+        metrics = {f"train/{name}": value for name, value in metrics.items()} | {"train/learning_rate": group["lr"]}
         if step % args.eval_steps == 0 or step == last_step:
             metrics |= measure(step)
         log(run, step, metrics)
@@ -419,23 +412,29 @@ def train(
     return last_step
 
 
-def sample(run: Run, model: Any, prompts: list, uniforms: torch.Tensor, temperature: float) -> list[list[int]]:
-    """Responses to N prompts, in token ids, by random numbers (N, max_new_tokens); call it inside of inference()."""
-    width = max(map(len, prompts))
-    padded = [[-1] * (width - len(prompt)) + prompt for prompt in prompts]  # on the left
-    input_ids, uniforms = torch.tensor(padded, device=DEVICE), uniforms.to(DEVICE)
-    mask, input_ids = (input_ids >= 0).long(), input_ids.clamp(min=0)  # (N, T) each
-    ended, tokens, cache = torch.zeros(len(prompts), 1, dtype=torch.bool, device=DEVICE), [], None
-    while len(tokens) < run.args.max_new_tokens and not ended.all():
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
-        cdf = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
-        token = torch.searchsorted(cdf, uniforms[:, len(tokens), None] * cdf[:, -1:], right=True)  # (N, 1)
-        input_ids, mask, cache = token.clamp(max=cdf.shape[1] - 1), F.pad(mask, (0, 1), value=1), output.past_key_values
-        ended |= torch.isin(input_ids, torch.tensor(run.stop_ids, device=DEVICE))
-        tokens.append(input_ids)
-    return [cut_answer(row, run.stop_ids) for row in torch.cat(tokens, dim=1).tolist()]
+def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
+    """A response to each prompt, in token ids; call it inside of inference()."""
+    # A number for each prompt and position: any model, micro-batch and number of devices meets the same luck.
+    uniforms = torch.rand(len(prompts), run.args.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    lengths, share = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
+    for group in micro_batches(lengths, 4 * run.args.micro_batch_tokens):  # without gradients more tokens fit
+        width, luck = max([len(prompts[i]) for i in group]), uniforms[group].to(DEVICE)
+        padded = [[-1] * (width - len(prompts[i])) + prompts[i] for i in group]  # on the left
+        mask = (torch.tensor(padded, device=DEVICE) >= 0).long()  # (N, T)
+        input_ids, ended, tokens, cache = torch.tensor(padded, device=DEVICE).clamp(min=0), mask[:, :1] < 0, [], None
+        while len(tokens) < run.args.max_new_tokens and not ended.all():
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+            output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cdf = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
+            token = torch.searchsorted(cdf, luck[:, len(tokens), None] * cdf[:, -1:], right=True)  # (N, 1)
+            input_ids, cache = token.clamp(max=cdf.shape[1] - 1), output.past_key_values
+            mask = F.pad(mask, (0, 1), value=1)
+            ended |= torch.isin(input_ids, torch.tensor(run.stop_ids, device=DEVICE))
+            tokens.append(input_ids)
+        answers = [cut_answer(row, run.stop_ids) for row in torch.cat(tokens, dim=1).tolist()]
+        share |= zip(group, answers, strict=True)
+    return gather(share)
 
 
 def judge_text(judge: Any, tokenizer: Any, prompt: str | list[dict], response: str) -> float:
@@ -447,7 +446,7 @@ def judge_text(judge: Any, tokenizer: Any, prompt: str | list[dict], response: s
 
 
 @torch.no_grad()
-def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_fn: Callable, step: int) -> dict[str, float]:
+def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, step: int) -> dict[str, float]:
     """Loss and accuracy on the test pairs; judge's score, win rate and KL to the initial model on sampled responses."""
     args, file, share = run.args, run.folder / "samples.jsonl", {}
     initial = load_model(run, args.model_name_or_path)  # read again each time: training needs the memory
@@ -455,20 +454,18 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_fn: Callable, s
         judge = load_model(run, args.judge_name_or_path, AutoModelForSequenceClassification)
         judge.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
         judge_tokenizer = AutoTokenizer.from_pretrained(args.judge_name_or_path)
-    # A number for each prompt and position: any model, micro-batch and number of devices meets the same luck.
-    luck = torch.rand(len(test_pairs), args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
-    lengths = [len(pair.prompt_ids) + args.max_new_tokens for pair in test_pairs]
     with inference(policy):
-        means = mean_loss(run, policy, test_pairs, loss_fn, backward=False)
-        for group in micro_batches(lengths, 4 * args.micro_batch_tokens):  # without gradients more tokens fit
-            prompts = [test_pairs[i].prompt_ids for i in group]
-            answers = sample(run, policy, prompts, luck[group], temperature=1.0)
-            rows = list(zip(prompts, answers, strict=True))
-            logratios = sequence_logps(policy, rows) - sequence_logps(initial, rows)
-            for i, answer, logratio in zip(group, answers, logratios.tolist(), strict=True):
-                prompt, text = test_pairs[i].prompt, run.tokenizer.decode(answer, skip_special_tokens=True)
+        means = mean_loss(run, test_pairs, loss_of, backward=False)
+        prompts = [pair.prompt_ids for pair in test_pairs]
+        answers = generate(run, policy, prompts, args.seed, temperature=1.0)
+        lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        for group in micro_batches(lengths, 4 * args.micro_batch_tokens):
+            rows = [(prompts[i], answers[i]) for i in group]
+            logratios = (token_logps(policy, rows) - token_logps(initial, rows)).sum(-1)
+            for i, logratio in zip(group, logratios.tolist(), strict=True):
+                prompt, text = test_pairs[i].prompt, run.tokenizer.decode(answers[i], skip_special_tokens=True)
                 share[i] = {"step": step, "prompt": prompt, "response": text, "kl": logratio}
-                share[i] |= {"response_length": len(answer), "eos_rate": float(answer[-1] in run.stop_ids)}
+                share[i] |= {"response_length": len(answers[i]), "eos_rate": float(answers[i][-1] in run.stop_ids)}
                 if args.judge_name_or_path:
                     share[i]["judge_score"] = judge_text(judge, judge_tokenizer, prompt, text)
     rows = gather(share)
@@ -558,10 +555,8 @@ def start_run(args: Args) -> Run:
         stop_ids += listed if isinstance(listed, list) else [listed]
     toy = getattr(config, "cleanpo_toy", False)
     name = f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    settled = {flag: values[toy] for flag, values in args.DEFAULTS.items()}
+    settled = {flag: values[2 if toy else args.lora_rank > 0] for flag, values in args.DEFAULTS.items()}
     settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None, "output_dir": gather({RANK: name})[0]}
-    if args.lora_rank > 0 and not toy:
-        settled["learning_rate"] = round(10 * settled["learning_rate"], 12)
     settled = {flag: value for flag, value in settled.items() if getattr(args, flag) is None}
     positions = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     settled["max_new_tokens"] = min(args.max_new_tokens, positions // 2)
@@ -602,15 +597,20 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
     dist.barrier()
 
 
-def finish_run(run: Run, policy: Any, step: int) -> None:
-    """Save the policy in the dtype of the computation (of LoRA the adapter), and show what has changed."""
-    names = policy.state_dict().keys()
-    with inference(policy):
-        tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+def save_model(run: Run, model: Any, folder: Path) -> None:
+    """Save a model in the dtype of the computation, of LoRA the adapter, with the tokenizer."""
+    names = model.state_dict().keys()
+    with inference(model):
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         if RANK == 0:
             tensors = {name: tensors[name] for name in names if name in tensors}
-            policy.save_pretrained(run.folder / "model", state_dict=tensors)
-            run.tokenizer.save_pretrained(run.folder / "model")
+            model.save_pretrained(folder, state_dict=tensors)
+            run.tokenizer.save_pretrained(folder)
+
+
+def finish_run(run: Run, policy: Any, step: int) -> None:
+    """Save the policy, and show what has changed."""
+    save_model(run, policy, run.folder / "model")
     if RANK == 0:
         samples = [read_rows(run.folder / "samples.jsonl", number) for number in (0, step)]
         for before, after in list(zip(*samples, strict=True))[:3]:
@@ -633,15 +633,15 @@ def main(args: Args) -> None:
     open_folder(run, train_pairs + test_pairs)
     train_pairs = add_reference(run, policy, train_pairs, batches)
     test_pairs = add_reference(run, policy, test_pairs, [list(range(len(test_pairs)))])
-    options = {"length_normalize": args.length_normalize, "label_smoothing": args.label_smoothing}
-    loss_fn = partial(compute_loss, beta=args.beta, **options)
+
+    def loss_of(pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
+        return compute_loss(forward(policy, pairs), args.beta, args.length_normalize, args.label_smoothing)
 
     def gradients_of(step: int) -> Iterator[dict[str, float]]:
-        pairs = [train_pairs[i] for i in batches[step]]
-        yield mean_loss(run, policy, pairs, loss_fn, backward=True)
+        yield mean_loss(run, [train_pairs[i] for i in batches[step]], loss_of, backward=True)
 
-    measure = partial(evaluate, run, policy, test_pairs, loss_fn)
-    step = train(run, {"policy": policy}, gradients_of, len(batches), args.learning_rate, measure)
+    measure = partial(evaluate, run, policy, test_pairs, loss_of)
+    step = train(run, {"policy": policy}, gradients_of, len(batches), {"lr": args.learning_rate}, measure)
     # endregion
     finish_run(run, policy, step)
 
