@@ -656,6 +656,7 @@ def train_guide(run: Run, pairs: list[Pair], test_pairs: list[Pair], batches: li
     def gradients_of(step: int) -> Iterator[dict[str, float]]:
         yield mean_loss(run, [pairs[i] for i in batches[step]], loss_of, backward=True)
 
+    tqdm.write(f"stage 1: a guide by {args.guide}, {len(batches)} steps")
     if args.guide == "dpo":
         pairs = add_reference(run, guide, pairs, batches)
         test_pairs = add_reference(run, guide, test_pairs, [list(range(len(test_pairs)))])
@@ -698,7 +699,7 @@ def main(args: Args) -> None:
     open_folder(run, train_pairs + test_pairs)
     pairs = add_guide(run, train_pairs, test_pairs, batches)
     train_pairs, test_pairs = pairs[: len(train_pairs)], pairs[len(train_pairs) :]
-    tqdm.write("stage 2: DPO with the guide as the reference, from the initial policy")
+    tqdm.write(f"stage 2: DPO with the guide as the reference, from the initial policy, {len(batches)} steps")
     policy = load_model(run, args.model_name_or_path, trainable=True)
 
     def loss_of(pairs: list[Pair]) -> tuple[torch.Tensor, dict]:

@@ -710,6 +710,7 @@ def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str,
     batches = plan_batches(replace(args, num_train_epochs=args.sft_epochs), len(pairs))
     if run.saved_step > len(batches) and (run.folder / "sft").exists():
         return str(run.folder / "sft"), len(batches)
+    tqdm.write(f"stage 1: SFT, {len(batches)} steps")
     policy = load_model(run, path, trainable=True)
 
     def gradients_of(step: int) -> Iterator[dict[str, float]]:
@@ -779,6 +780,7 @@ def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[
     batches = plan_batches(replace(args, num_train_epochs=args.reward_epochs), len(pairs))
     if run.saved_step > start + len(batches) and (run.folder / "reward_model").exists():
         return str(run.folder / "reward_model"), start + len(batches)
+    tqdm.write(f"stage 2: reward model, {len(batches)} steps")
     path = add_head(run, path)
     model = load_scorer(run, path, trainable=True)
 
@@ -908,6 +910,7 @@ def train_ppo(
     """The policy after PPO on the pairs' prompts, and the last step."""
     args = run.args
     batches = plan_batches(replace(args, batch_size=args.rollouts_per_step), len(pairs))
+    tqdm.write(f"stage 3: PPO, {len(batches)} steps")
     trained = {"policy": load_model(run, sft_path, trainable=True), "value_model": load_scorer(run, reward_path, True)}
     models = trained | {"reference": load_model(run, sft_path), "reward_model": load_scorer(run, reward_path)}
     shift = find_shift(run, models["reward_model"], models["reference"], [pair.prompt_ids for pair in pairs[:256]])
