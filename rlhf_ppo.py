@@ -754,7 +754,8 @@ def judge_tokenizer(run: Run) -> Any:
 
 def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
     model = load_model(run, path, AutoModelForSequenceClassification, trainable)
-    model.config.pad_token_id = 0  # any: transformers wants one, and token_scores reads all tokens
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = 0  # any: transformers wants one, and token_scores reads all tokens
     return model
 
 
@@ -897,8 +898,10 @@ def ppo_loss_of(
         logps, values, old_logps, old_values, advantages, returns, args.clip_range, args.value_clip_range
     )
 
+    lengths = [len(answer) for _, answer in rows]
+
     def of_answers(tokens: torch.Tensor) -> torch.Tensor:
-        return torch.stack([part.sum() for part in tokens.split([len(answer) for _, answer in rows])]) / mean_length
+        return torch.stack([part.sum() for part in tokens.split(lengths)]) / mean_length
 
     losses = of_answers(policy_losses + args.value_coef * value_losses)
     return losses, {name: of_answers(tokens) for name, tokens in metrics.items()}

@@ -3,7 +3,7 @@
     python benchmarks/vs_trl.py --model-name-or-path MODEL --dataset-name PAIRS.jsonl --max-length 512
 
 1. Agreement. Both train three steps in float32 on the same pairs. Token ids and their order must be the same, and
-   loss, gradient norm, log-probabilities and rewards must agree (see `compare`). Otherwise nothing is measured.
+   loss, gradient norm and rewards must agree (see `compare`). Otherwise nothing is measured.
 2. Equal settings. Same pairs in the same micro-batches, same dtype, optimiser and attention, no gradient checkpointing,
    reference log-probabilities computed beforehand; the time of that pass is counted on both sides.
 3. Defaults against defaults. Only model, data, longest length, pairs a step and learning rate are given; on a CPU also
@@ -33,8 +33,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES, WORKERS, CONTESTS = ("dpo.py", "TRL"), ("run_cleanpo", "run_trl"), ("equal settings", "defaults")
-METRICS = ["loss", "grad_norm", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"]
-METRICS += ["rewards/margins", "rewards/accuracies"]
+METRICS = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
 CHECK_STEPS, BETA, TOLERANCE, ROUNDING = 3, 0.1, 1e-4, 1e-6
 TRL_BATCH = 8  # pairs a micro-batch by TRL's default
 
@@ -62,7 +61,7 @@ def settings_of(side: str, contest: str, args: Args, machine: dict[str, Any]) ->
     both = {"learning_rate": args.learning_rate, "max_length": args.max_length, "seed": args.seed}
     both |= {"max_steps": CHECK_STEPS if check else args.warmup_steps + args.steps}
     if equal:
-        both |= {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "beta": BETA}
+        both |= {"lr_scheduler_type": "constant", "max_grad_norm": 1.0, "beta": BETA}
         both |= {"gradient_checkpointing": False}
     if side == "dpo.py":
         flags = both | {"batch_size": args.pairs_per_step}
@@ -75,7 +74,7 @@ def settings_of(side: str, contest: str, args: Args, machine: dict[str, Any]) ->
     if equal:  # weights are float32 as in dpo.py; bf16 is about the computation
         config |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"}}
         config |= {"bf16": machine["dtype"] == "bfloat16" and not check, "logging_steps": 1 if check else 10**6}
-        config |= {"precompute_ref_log_probs": True, "train_sampling_strategy": "sequential"}
+        config |= {"weight_decay": 0.0, "precompute_ref_log_probs": True, "train_sampling_strategy": "sequential"}
     return config
 
 
@@ -155,18 +154,18 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     import dpo
 
     watch, models, rows = Watch(job), [], []
-    sequence_logps, add_reference = dpo.sequence_logps, dpo.add_reference
+    token_logps, add_reference = dpo.token_logps, dpo.add_reference
 
     def watched_logps(model, some):
         if dpo.torch.is_grad_enabled():  # a micro-batch is two calls: chosen, then rejected
             rows.extend(some)
             watch.micro_batch(len(some) / 2, sum(len(prompt) + len(answer) for prompt, answer in some))
-        return sequence_logps(model, some)
+        return token_logps(model, some)
 
     def watched_reference(run, model, *rest):
         models.append(model)
         with dpo.torch.no_grad():
-            sequence_logps(model, [([0] * 64, [0] * 64)])  # warm-up
+            token_logps(model, [([0] * 64, [0] * 64)])  # warm-up
         start = watch.now()
         pairs = add_reference(run, model, *rest)
         watch.reference_seconds += watch.now() - start
@@ -177,7 +176,7 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         size = job["args"]["device_batch"]
         return [order[k : k + size] for k in range(0, len(order), size)]
 
-    dpo.sequence_logps, dpo.add_reference = watched_logps, watched_reference
+    dpo.token_logps, dpo.add_reference = watched_logps, watched_reference
     dpo.evaluate, dpo.finish_run = (lambda *_: {}), (lambda *_: None)
     if job["contest"] != "defaults":
         dpo.micro_batches = cut_like_trl
@@ -229,7 +228,11 @@ def run_trl(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = Watched(job["args"]["model_name_or_path"], args=config, train_dataset=data)
     trainer.train()
     watch.times.append(watch.now())
-    metrics = [{name: row[name] for name in METRICS} for row in trainer.state.log_history if "grad_norm" in row]
+    metrics = [
+        {name: row[name] for name in [*METRICS, "logps/chosen"]}
+        for row in trainer.state.log_history
+        if "grad_norm" in row
+    ]
     pairs = [[row[name] for name in names] for row in trainer.train_dataset]
     return watch.result(trainer.model) | ({"metrics": metrics, "pairs": pairs} if job["contest"] == "agreement" else {})
 

@@ -1,10 +1,8 @@
-"""What the tests share. `python -m pytest` runs the fast tier, `-m slow` and `-m full` the others."""
+"""What the tests share. `python -m pytest` runs the fast tier, `-m slow` the other one."""
 
 import importlib.util
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from functools import cache
@@ -23,13 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
-MINIMAL = ["dpo", "ipo", "simpo"]  # the second edition
-SCRIPTS = ["pre_dpo", "spin", "oaif", "rlhf_ppo"]  # the first edition, whose tests these are but for test_minimal.py
-# Tests that cost seconds a script are in the slow tier; what costs more, and is about shared text alone,
-# is in the full one, since test_minimal.py has it for dpo.py. rlhf_ppo.py trains in stages of its own and has its own.
-SIBLINGS = [name for name in SCRIPTS if name != "rlhf_ppo"]
-SIBLINGS_BY_TIER = [pytest.param(name, marks=pytest.mark.slow) for name in SIBLINGS]
-SLOW_SIBLINGS = [pytest.param(name, marks=pytest.mark.full) for name in SIBLINGS]
+SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "oaif", "rlhf_ppo"]
+# What is shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
+DPO_AND_SLOWLY_THE_OTHERS = [pytest.param(name, marks=[] if name == "dpo" else pytest.mark.slow) for name in SCRIPTS]
 
 SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -47,25 +41,29 @@ FAMILIES = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs of many seconds; `-m slow` selects them")
-    config.addinivalue_line("markers", "full: slow tests of dpo.py for the other scripts; `-m full` selects them")
     if config.args_source == config.ArgsSource.INVOCATION_DIR:
         config.args = [str(ROOT / "tests")]
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("full")]
+        slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """The scripts set signal handlers: give pytest its own back."""
-    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def group():
+    """The scripts make a process group for themselves; one that ended early has left it."""
     yield
-    for number, handler in own.items():
-        signal.signal(number, handler)
+    leave_group()
+
+
+def leave_group():
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @cache
@@ -77,10 +75,28 @@ def load_script(name):
     return module
 
 
-def run_script(script, *flags, cwd=ROOT):
-    """A script in a process of its own."""
-    command = [sys.executable, str(script), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+def start(name, model, **flags):
+    """A Run as main makes it, of a script with a model."""
+    leave_group()
+    script = load_script(name)
+    return script.start_run(script.Args(model_name_or_path=str(model), **flags))
+
+
+def run_script(script, *flags, processes=1, cwd=ROOT):
+    """A script in a process of its own, or in several by torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
+    command = [*launcher, str(script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def finish(name, folder, *flags, processes=1):
+    """A run of a script to its end, in a folder."""
+    ended = run_script(ROOT / f"{name}.py", "--output-dir", folder, *flags, processes=processes)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended
 
 
 def write_rows(path, rows):
@@ -91,11 +107,6 @@ def write_rows(path, rows):
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read_folder(folder):
-    """All files of a folder with their content."""
-    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def text_pairs(count):
@@ -138,28 +149,12 @@ def minimise(loss, size):
     return theta.detach()
 
 
-def weights_of(path):
-    """Weights of a saved language model, in float32."""
-    import torch
-    import transformers
+def weights_of(folder):
+    """Weights of a saved model or adapter."""
+    from safetensors.torch import load_file
 
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-
-
-def naive_logps(path, pairs):
-    """Sums of log-probabilities of (chosen, rejected) in a saved model, one sequence at a time, (len(pairs), 2)."""
-    import torch
-    import transformers
-
-    model, sums = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
-    for pair in pairs:
-        for completion in (pair.chosen_ids, pair.rejected_ids):
-            ids = torch.tensor([pair.prompt_ids + completion])
-            with torch.no_grad():
-                logps = model(ids).logits[0].log_softmax(-1)
-            start = len(pair.prompt_ids)
-            sums.append(sum(logps[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1])))
-    return torch.tensor(sums).view(-1, 2)
+    (file,) = Path(folder).glob("*.safetensors")
+    return load_file(file)
 
 
 THINGS = ["hotel", "phone", "film", "museum", "restaurant", "camera", "soup", "book"]
@@ -189,25 +184,10 @@ def tiny_model(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def tiny_copy(tiny_model, tmp_path):
-    """Makes a copy of a tiny model that a test may spoil."""
-
-    def make(*names, **changes):
-        return Path(shutil.copytree(tiny_model(*names, **changes), tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"))
-
-    return make
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Starts a run as the scripts do, up to its policy: start(script, model, **flags) gives (run, policy)."""
-
-    def make(script, model, **flags):
-        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        flags = {"judge_name_or_path": None, "max_length": 512, "output_dir": str(folder)} | flags
-        run = script.start_run(script.Args(model_name_or_path=model, **flags))
-        return run, script.load_policy(run, model)
-
-    return make
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with 20 training and 8 test pairs of the test bed."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.jsonl", read_rows(TOY / "train.jsonl")[:20])
+    write_rows(folder / "test.jsonl", read_rows(TOY / "test.jsonl")[:8])
+    return folder

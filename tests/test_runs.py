@@ -1,0 +1,290 @@
+"""The scripts as runs: their first numbers, several devices, being killed and resumed, and what ends a run."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    DPO_AND_SLOWLY_THE_OTHERS,
+    ROOT,
+    SCRIPTS,
+    TOY,
+    finish,
+    load_script,
+    read_rows,
+    run_script,
+    start,
+    text_pairs,
+    weights_of,
+    write_rows,
+)
+
+FLAGS = ["--num-train-epochs", "2", "--eval-steps", "3", "--num-eval-prompts", "8", "--max-new-tokens", "16"]
+FLAGS += ["--batch-size", "8"]
+OWN_FLAGS = {"spin": ["--num-iterations", "2", "--prompts-per-iteration", "12"]}
+OWN_FLAGS["rlhf_ppo"] = ["--rollouts-per-step", "8", "--ppo-epochs", "2"]
+# The steps of the stages. Stages of 20 pairs and 2 epochs have 6; SFT and reward model have an epoch.
+STAGES = {"dpo": [6], "ipo": [6], "simpo": [6], "pre_dpo": [6, 6], "spin": [4, 6], "oaif": [6], "rlhf_ppo": [3, 3, 6]}
+LORA = pytest.param(["--lora-rank", "4"], marks=pytest.mark.slow, id="lora")
+with_and_without_lora = pytest.mark.parametrize("more", [pytest.param([], id="full"), LORA])
+
+
+def flags_of(name, data):
+    return ["--dataset-name", data, *FLAGS, *OWN_FLAGS.get(name, [])]
+
+
+def run_killed(name, folder, *flags, at, processes=1):
+    """A run that is killed before the at-th gradient is clipped."""
+    program = folder.parent / "killed.py"
+    program.write_text(KILLED.format(path=str(ROOT / f"{name}.py"), at=at))
+    ended = run_script(program, "--output-dir", folder, *flags, processes=processes)
+    assert ended.returncode == -signal.SIGKILL if processes == 1 else ended.returncode != 0, ended.stderr[-3000:]
+
+
+KILLED = """
+import importlib.util, itertools, os, signal, sys
+spec = importlib.util.spec_from_file_location("script", {path!r})
+sys.modules["script"] = script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+clip, calls = script.torch.nn.utils.clip_grad_norm_, itertools.count(1)
+def clip_or_die(*args):
+    if next(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+script.torch.nn.utils.clip_grad_norm_ = clip_or_die
+script.main(script.tyro.cli(script.Args))
+"""
+
+
+def assert_equal_runs(folder, expected, files=("metrics.jsonl", "samples.jsonl")):
+    """Bit for bit."""
+    for file in files:
+        assert (folder / file).read_text() == (expected / file).read_text()
+    ours, theirs = weights_of(folder / "model"), weights_of(expected / "model")
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def assert_close_runs(folder, expected):
+    """Losses, gradient norms and weights, to rounding."""
+    rows, expected_rows = read_rows(folder / "metrics.jsonl"), read_rows(expected / "metrics.jsonl")
+    assert len(rows) == len(expected_rows)
+    for row, other in zip(rows, expected_rows, strict=True):
+        for metric in {"train/loss", "train/grad_norm"} & set(other):
+            assert row[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-6)
+    weights = weights_of(expected / "model")
+    for key, value in weights_of(folder / "model").items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders for runs, by name."""
+
+    def make(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return tmp_path / name / "run"
+
+    return make
+
+
+@pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
+def test_a_run(name, data, tmp_path):
+    """The first numbers are known, equal texts are ties, and the saved model is the trained one."""
+    finish(name, tmp_path / "run", *flags_of(name, data))
+    rows, last = read_rows(tmp_path / "run" / "metrics.jsonl"), sum(STAGES[name])
+    assert [row["step"] for row in rows] == list(range(last + 1))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert (rows[0]["eval/kl"], rows[0]["eval/win_rate"]) == (0, 0.5)
+    first_losses = dict.fromkeys(["dpo", "pre_dpo", "spin", "oaif"], math.log(2)) | {"ipo": 1 / (2 * 0.05) ** 2}
+    if name in first_losses:
+        assert rows[1]["train/loss"] == pytest.approx(first_losses[name], rel=1e-6) == rows[0]["eval/loss"]
+        assert rows[1]["train/rewards/margins"] == rows[0]["eval/rewards/margins"] == 0
+    if name == "rlhf_ppo":
+        assert (rows[7]["train/kl"], rows[7]["train/approx_kl"]) != (0, 0)  # the second update of the step
+    samples = read_rows(tmp_path / "run" / "samples.jsonl")
+    before, after = ([row for row in samples if row["step"] == step] for step in (0, last))
+    ties = [first["response"] == row["response"] for first, row in zip(before, after, strict=True)]
+    assert len(ties) == 8 and all(row["win_rate"] == 0.5 for row, tie in zip(after, ties, strict=True) if tie)
+    assert rows[-1]["eval/win_rate"] == sum(row["win_rate"] for row in after) / 8
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    initial = weights_of(TOY / "policy")
+    assert any(not torch.equal(model[key], initial[key].float()) for key in initial)
+
+
+@with_and_without_lora
+@pytest.mark.parametrize(
+    "name", [n for n in DPO_AND_SLOWLY_THE_OTHERS if "rlhf" not in str(n) and "oaif" not in str(n)]
+)
+def test_two_processes_give_what_one_gives(name, more, data, folders):
+    """Of spin.py up to its second iteration: rounding may change a sampled token."""
+    flags = [*flags_of(name, data), *more]
+    if name == "spin":
+        flags += ["--num-iterations", "1"]
+    finish(name, folders("one"), *flags)
+    finish(name, folders("two"), *flags, processes=2)
+    assert_close_runs(folders("two"), folders("one"))
+
+
+@pytest.mark.slow
+@with_and_without_lora
+@pytest.mark.parametrize("name", ["spin", "oaif", "rlhf_ppo"])
+def test_two_processes_that_sample(name, more, data, folders):
+    """What precedes the first sampled answer is equal, and the rest as sound as with one process."""
+    finish(name, folders("one"), *flags_of(name, data), *more)
+    finish(name, folders("two"), *flags_of(name, data), *more, processes=2)
+    one, two = (read_rows(folders(key) / "metrics.jsonl") for key in ("one", "two"))
+    assert len(one) == len(two) and all(math.isfinite(value) for row in two for value in row.values())
+    for row, other in zip(two[1 : STAGES[name][0]], one[1 : STAGES[name][0]], strict=True):
+        if name == "rlhf_ppo":
+            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+    assert two[1]["train/loss"] == pytest.approx(one[1]["train/loss"], rel=1e-5)
+
+
+KILLS = [("ipo", 5), ("simpo", 3), ("oaif", 4)]
+KILLS += [("pre_dpo", at) for at in (4, 7, 11)] + [("spin", at) for at in (2, 5, 8)]
+KILLS += [("rlhf_ppo", at) for at in (3, 4, 6, 7, 16)]  # PPO clips two gradients an update, and has two updates a step
+KILLS = [("dpo", 6)] + [pytest.param(*kill, marks=pytest.mark.slow) for kill in KILLS]
+
+
+@with_and_without_lora
+@pytest.mark.parametrize("name, at", KILLS)
+def test_killed_runs_go_on_bit_for_bit(name, at, more, data, folders, whole_runs):
+    """In each stage and between stages; --resume needs no other flag."""
+    run_killed(name, folders("killed"), *flags_of(name, data), "--save-steps", "2", *more, at=at)
+    finish(name, folders("killed"), "--resume")
+    assert_equal_runs(folders("killed"), whole_runs(name, more))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(data, tmp_path_factory):
+    """Folders of runs that were not killed, each made once."""
+    made = {}
+
+    def make(name, more):
+        if (name, *more) not in made:
+            made[name, *more] = tmp_path_factory.mktemp("whole") / "run"
+            finish(name, made[name, *more], *flags_of(name, data), "--save-steps", "2", *more)
+        return made[name, *more]
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_killed_before_the_first_checkpoint(at, data, folders):
+    """Also where an evaluation stands between backward pass and checkpoint."""
+    flags = [*flags_of("dpo", data), "--save-steps", "3"]
+    finish("dpo", folders("whole"), *flags)
+    run_killed("dpo", folders("killed"), *flags, at=at)
+    finish("dpo", folders("killed"), "--resume")
+    assert_equal_runs(folders("killed"), folders("whole"))
+
+
+@pytest.mark.slow
+def test_checkpoint_of_two_processes_goes_on_with_one(data, folders, whole_runs):
+    run_killed("dpo", folders("killed"), *flags_of("dpo", data), "--save-steps", "2", at=4, processes=2)
+    assert "goes on after step 2" in finish("dpo", folders("killed"), "--resume").stdout
+    assert_close_runs(folders("killed"), whole_runs("dpo", []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [5, 6])
+def test_reward_model_of_two_processes_goes_on_after_an_evaluation(at, data, folders):
+    """The checkpoint of step 4 follows an evaluation: it must hold trained weights, and no gathered copy."""
+    flags = [*flags_of("rlhf_ppo", data), "--save-steps", "2", "--eval-steps", "2", "--max-steps", "4"]
+    flags += ["--reward-epochs", "2"]
+    finish("rlhf_ppo", folders("whole"), *flags, processes=2)
+    run_killed("rlhf_ppo", folders("killed"), *flags, at=at, processes=2)
+    finish("rlhf_ppo", folders("killed"), "--resume", processes=2)
+    rows, expected = (read_rows(folders(key) / "metrics.jsonl") for key in ("killed", "whole"))
+    for row, other in zip(rows[1:8], expected[1:8], strict=True):
+        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+    weights, expected = (weights_of(folders(key) / "reward_model") for key in ("killed", "whole"))
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "4", "--gradient-checkpointing"]], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_mixed_precision_on_two_processes(name, more, data, tmp_path):
+    """bfloat16 as on a GPU: the first numbers are exact, and the run learns."""
+    flags = [*flags_of(name, data), "--dtype", "bfloat16", *more]
+    ended = finish(name, tmp_path / "run", *flags, processes=2)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == sum(STAGES[name]) + 1 and rows[0]["eval/kl"] == 0
+    if name in ("dpo", "pre_dpo", "spin", "oaif"):
+        assert rows[1]["train/loss"] == pytest.approx(math.log(2)) and rows[1]["train/rewards/margins"] == 0
+    if name == "rlhf_ppo":
+        assert "kl 0.0, |ratio - 1| 0.0" in ended.stdout
+
+
+def test_gradient_checkpointing_changes_nothing(data, folders):
+    flags = [*flags_of("dpo", data), "--max-steps", "2"]
+    finish("dpo", folders("plain"), *flags)
+    finish("dpo", folders("checkpointing"), *flags, "--gradient-checkpointing")
+    assert_close_runs(folders("checkpointing"), folders("plain"))
+
+
+def test_changed_data_are_refused(data, tmp_path):
+    folder = tmp_path / "data"
+    write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl"))
+    write_rows(folder / "test.jsonl", read_rows(data / "test.jsonl"))
+    flags = ["--output-dir", tmp_path / "run", *flags_of("dpo", folder), "--max-steps", "1"]
+    assert run_script(ROOT / "dpo.py", *flags).returncode == 0
+    again = run_script(ROOT / "dpo.py", *flags)
+    assert again.returncode == 1 and "holds a run: go on with it by --resume" in again.stderr
+    write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
+    changed = run_script(ROOT / "dpo.py", "--output-dir", tmp_path / "run", "--resume")
+    assert changed.returncode == 1 and "has changed since the run" in changed.stderr
+
+
+RATES = {"ipo": 5e-7, "dpo": 5e-7, "simpo": 1e-6, "pre_dpo": 6e-7, "oaif": 5e-7, "rlhf_ppo": 3e-6}
+
+
+@pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
+def test_defaults_work_alone(name, tiny_model, tmp_path):
+    """A copy in an empty folder runs with a model and a file and nothing else."""
+    (tmp_path / "script.py").write_text((ROOT / f"{name}.py").read_text())
+    write_rows(tmp_path / "pairs.jsonl", text_pairs(20))
+    model = tiny_model()
+    if name == "oaif":  # whose annotator is the policy, asked by a chat template
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        assert tokenizer.chat_template
+    ended = run_script("script.py", "--model-name-or-path", model, "--dataset-name", "pairs.jsonl", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (record,) = tmp_path.glob("runs/*/args.json")
+    args = json.loads(record.read_text())["args"]
+    assert args["learning_rate"] == RATES.get(name, [5e-7, 5e-7, 1e-7, 1e-7])
+    assert (args["judge_name_or_path"], args["max_length"]) == (None, 896)
+
+
+def test_a_loss_that_is_not_finite(data, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(TOY / "policy")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(TOY / "policy").save_pretrained(tmp_path / "model")
+    dpo, run = load_script("dpo"), start("dpo", tmp_path / "model", dataset_name=str(data))
+    policy = dpo.load_model(run, run.args.model_name_or_path, trainable=True)
+    pairs, _ = dpo.load_pairs(run)
+
+    def loss_of(pairs):
+        return dpo.compute_loss(dpo.forward(policy, pairs), beta=0.1, label_smoothing=0.0)
+
+    with pytest.raises(SystemExit, match="error: a loss in rows .* is not finite"):
+        dpo.mean_loss(run, pairs[:3], loss_of, backward=True)
+
+
+def test_tracking_without_a_login_leaves_nothing_behind(data, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"WANDB_API_KEY": "", "HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    command = [sys.executable, ROOT / "dpo.py", "--track", "--output-dir", "run", *flags_of("dpo", data)]
+    quiet = {"capture_output": True, "stdin": subprocess.DEVNULL}
+    ended = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, text=True, **quiet)
+    assert ended.returncode != 0 and not (tmp_path / "run").exists()
