@@ -225,6 +225,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     return train_pairs, test_pairs
 
 
+# region method: rows
 def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     """Pairs of token ids from the rows of a split."""
     pairs, count = [], 0
@@ -246,7 +247,6 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     return pairs
 
 
-# region method: rows
 def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected of a row, as strings or as lists of chat messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")

@@ -187,6 +187,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     return train_pairs, test_pairs
 
 
+# region method: rows
 def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     """Pairs of token ids from the rows of a split."""
     pairs, count = [], 0
@@ -208,7 +209,6 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     return pairs
 
 
-# region method: rows
 def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     """Prompt and ground truth of a row, as strings or as lists of chat messages, and an empty answer for the time."""
     prompt, truth = row.get("prompt"), row.get("completion") or row.get("chosen")

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
-SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "oaif", "rlhf_ppo"]
+SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "rlhf_ppo"]
 # What is shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
 DPO_AND_SLOWLY_THE_OTHERS = [pytest.param(name, marks=[] if name == "dpo" else pytest.mark.slow) for name in SCRIPTS]
 
@@ -107,6 +107,11 @@ def write_rows(path, rows):
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chat(*texts):
+    """A conversation: user and assistant in turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def text_pairs(count):

@@ -4,13 +4,9 @@ import os
 
 import pytest
 import torch
-from conftest import TOY, load_script, start, text_pairs, write_rows
+from conftest import TOY, chat, load_script, start, text_pairs, write_rows
 
 dpo = load_script("dpo")
-
-
-def chat(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 FORMS = {
