@@ -10,16 +10,16 @@ p = 1 is IPO (Eq. 17; beta is the paper's tau); --label-smoothing, or a column p
 (2p - 1)/(2 beta), also if p is the share of agreeing labels of a pair. Where sources differ, this script
 - sums log-probabilities over an answer's tokens, as the paper; --length-normalize takes means, as TRL: tune beta anew;
 - takes beta 0.1 (the paper has bandits alone, with 0.1 to 1), and 0.05 for the short answers of the test bed;
-- takes learning rate 5e-7 of DPO's authors, ten times that with LoRA, AdamW, and drops pairs over --max-length.
+- takes DPO's learning rate, 5e-7, ten times that with LoRA, AdamW, and drops pairs over --max-length.
 The loss starts at 1/(2 beta)^2, and rewards/margins, beta times differences of sums, settle near 1/2.
 
     python ipo.py                                # the built-in test bed, about a minute on two CPU cores
     python ipo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized
-    torchrun --nproc-per-node 8 ipo.py ...       # several GPUs
 """
 # endregion
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -50,10 +50,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# The text outside `# region method` ... `# endregion` is the same in all scripts. The way of the data through it:
-# load_pairs reads and tokenises, plan_batches makes the batches of all steps, micro_batches the forward passes of one.
-# token_logps is what a model says of a row, compute_loss, the method, what becomes of it. mean_loss backpropagates,
-# train updates the weights, evaluate samples answers and has them judged. main tells it all in order.
+# The text outside `# region method` ... `# endregion` is the same in all scripts. The way of the data: load_pairs reads
+# and tokenises, plan_batches and micro_batches cut, forward finds log-probabilities, compute_loss is the method,
+# mean_loss backpropagates, train updates the weights, evaluate samples and has samples judged. main tells it in order.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -170,12 +169,11 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     else:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
         train_pairs, test_pairs = train_pairs[:kept], train_pairs[kept:]
-    test_pairs = test_pairs[: args.num_eval_prompts]
     if min(len(train_pairs), len(test_pairs)) < WORLD_SIZE:
         sys.exit(f"error: {len(train_pairs)} pairs to train and {len(test_pairs)} to test on are too few")
     first = [train_pairs[0].prompt_ids, train_pairs[0].chosen_ids, train_pairs[0].rejected_ids]
     tqdm.write(f"the first pair: {run.tokenizer.batch_decode(first)}")
-    return train_pairs, test_pairs
+    return train_pairs, test_pairs[: args.num_eval_prompts]
 
 
 # region method: rows
@@ -211,8 +209,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     parts = (prompt, chosen, rejected)
     alike = {type(part) for part in parts} in ({str}, {list})
     if not alike or not all([part and (part if isinstance(part, str) else part[-1]["content"]) for part in parts]):
-        forms = "prompt, chosen and rejected as strings or chat messages, or chosen and rejected as conversations"
-        sys.exit(f"error: {where} has the keys {sorted(row)}, and not, without any empty one, {forms}")
+        sys.exit(f"error: {where} has the keys {sorted(row)}, not prompt, chosen, rejected, all text or all messages")
     return parts
 
 
@@ -249,7 +246,7 @@ def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
 
 def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     """Indices of this process's rows, longest first, in groups of at most `tokens` padded tokens (or of one row)."""
-    # All processes take a row in each round, and a new group where its longest does not fit: FSDP needs equally many.
+    # A round deals a row to each process, and its longest decides on a new group: all have as many, or FSDP would hang.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups, width = [], 0
     for start in range(0, len(order), WORLD_SIZE):
@@ -270,6 +267,7 @@ def gather(share: dict[int, Any]) -> list:
 
 def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable: bool = False) -> Any:
     """A model without dropout: to be trained and sharded, or whole, frozen and in the dtype of the computation."""
+    gc.collect()  # models of an earlier stage, which FSDP's hooks keep alive
     args, compute_dtype, config = run.args, getattr(torch, run.args.dtype), AutoConfig.from_pretrained(path)
     for name, value in vars(config.get_text_config()).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
@@ -284,18 +282,19 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
     if args.lora_rank > 0:
         torch.manual_seed(args.seed)
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        lora.task_type = "SEQ_CLS" if kind is AutoModelForSequenceClassification else "CAUSAL_LM"
+        if kind is AutoModelForSequenceClassification:
+            lora.task_type, model.score = "SEQ_CLS", model.score.float()  # the head is trained as well
         model = peft.get_peft_model(model, lora)  # adapters are float32, all other weights frozen
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # mixed precision is FSDP's, on one device too
+    if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for module in list(model.modules()):
             if type(module).__name__ in model._no_split_modules:
                 fully_shard(module, mp_policy=precision)
         # By default the root's weights would stay gathered after a pass without gradients, and updates be lost.
         fully_shard(model, mp_policy=precision, reshard_after_forward=True)
-    return model
+    return model.train()  # there is no dropout: this is for gradient checkpointing
 
 
 @contextlib.contextmanager
@@ -311,7 +310,7 @@ def inference(model: Any) -> Iterator[None]:
     for module in sharded:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
-    model.train()  # there is no dropout: this is for gradient checkpointing
+    model.train()
 
 
 def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
@@ -354,7 +353,7 @@ def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[lis
                 table = torch.stack([batch.chosen_logps, batch.rejected_logps], dim=1)
                 share |= zip(group, table.tolist(), strict=True)
             logps |= zip(new, gather(share), strict=True)
-    logps = [logps.get(i, (0.0, 0.0)) for i in range(len(pairs))]
+    logps = [logps.get(i, (math.nan, math.nan)) for i in range(len(pairs))]
     return [replace(pair, ref_chosen_logp=c, ref_rejected_logp=r) for pair, (c, r) in zip(pairs, logps, strict=True)]
 
 
@@ -372,16 +371,16 @@ def mean_loss(run: Run, items: list, loss_of: Callable, backward: bool) -> dict[
 
 
 def train(run: Run, models: dict, gradients_of: Callable, steps: int, adamw: dict, measure: Callable, start=0) -> int:
-    """Train for a number of steps with a fresh AdamW, counted on from start; gives the last one's number.
+    """Train for `steps` steps with a new AdamW, numbered from start + 1; returns the last number.
 
-    gradients_of(k) yields metrics whenever the models have the gradients of an update of step k = 0, 1, ... of this
-    stage; measure(step) evaluates. A stage that the checkpoint to resume from has behind it is passed by.
+    gradients_of(k) is a generator: each time that it yields metrics, the gradients of an update of step k are ready.
+    measure(step) evaluates. If the checkpoint to resume from is of a later stage, nothing is done.
     """
     args, step, last_step = run.args, start, start + steps
     if run.saved_step > last_step:
         return last_step
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), weight_decay=0.0, fused=True, **adamw)
-    # The schedule's first rate is 0, and so is the one behind its last step: it is read for steps 1 to `steps`.
+    # Its rate is 0 at step 0 and at the last step: of a schedule of steps + 1, those in between are taken.
     warmup_steps = math.ceil(args.warmup_ratio * steps)
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, steps + 1).lr_lambdas[0]
     if run.saved_step > start:
@@ -418,7 +417,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     uniforms = torch.rand(len(prompts), run.args.max_new_tokens, generator=torch.Generator().manual_seed(seed))
     lengths, share = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     for group in micro_batches(lengths, 4 * run.args.micro_batch_tokens):  # without gradients more tokens fit
-        width, luck = max([len(prompts[i]) for i in group]), uniforms[group].to(DEVICE)
+        width, uniform = max([len(prompts[i]) for i in group]), uniforms[group].to(DEVICE)
         padded = [[-1] * (width - len(prompts[i])) + prompts[i] for i in group]  # on the left
         mask = (torch.tensor(padded, device=DEVICE) >= 0).long()  # (N, T)
         input_ids, ended, tokens, cache = torch.tensor(padded, device=DEVICE).clamp(min=0), mask[:, :1] < 0, [], None
@@ -427,7 +426,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
             inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
             output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cdf = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
-            token = torch.searchsorted(cdf, luck[:, len(tokens), None] * cdf[:, -1:], right=True)  # (N, 1)
+            token = torch.searchsorted(cdf, uniform[:, len(tokens), None] * cdf[:, -1:], right=True)  # by the inverse
             input_ids, cache = token.clamp(max=cdf.shape[1] - 1), output.past_key_values
             mask = F.pad(mask, (0, 1), value=1)
             ended |= torch.isin(input_ids, torch.tensor(run.stop_ids, device=DEVICE))
@@ -459,7 +458,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
         prompts = [pair.prompt_ids for pair in test_pairs]
         answers = generate(run, policy, prompts, args.seed, temperature=1.0)
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        for group in micro_batches(lengths, 4 * args.micro_batch_tokens):
+        for group in micro_batches(lengths, args.micro_batch_tokens):
             rows = [(prompts[i], answers[i]) for i in group]
             logratios = (token_logps(policy, rows) - token_logps(initial, rows)).sum(-1)
             for i, logratio in zip(group, logratios.tolist(), strict=True):
@@ -468,10 +467,10 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
                 share[i] |= {"response_length": len(answers[i]), "eos_rate": float(answers[i][-1] in run.stop_ids)}
                 if args.judge_name_or_path:
                     share[i]["judge_score"] = judge_text(judge, judge_tokenizer, prompt, text)
+    initial_rows = read_rows(file, step=0) if step > 0 else None
     rows = gather(share)
     if args.judge_name_or_path:
-        initial_rows = read_rows(file, step=0) if step > 0 else rows
-        for row, first in zip(rows, initial_rows, strict=True):
+        for row, first in zip(rows, initial_rows or rows, strict=True):
             tie = row["response"] == first["response"] or row["judge_score"] == first["judge_score"]
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
         means["win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / math.sqrt(len(rows))
@@ -552,7 +551,7 @@ def start_run(args: Args) -> Run:
     stop_ids = [tokenizer.eos_token_id]
     if Path(path, "generation_config.json").exists():  # chat models may name several
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-        stop_ids += listed if isinstance(listed, list) else [listed]
+        stop_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
     toy = getattr(config, "cleanpo_toy", False)
     name = f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     settled = {flag: values[2 if toy else args.lora_rank > 0] for flag, values in args.DEFAULTS.items()}
@@ -582,13 +581,13 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
     if RANK == 0:
         if run.args.track:  # before the folder is made: a failed login leaves nothing behind
-            wandb.init(project="cleanpo", id=run.folder.name, resume="allow", config=record)
+            wandb.init(id=run.folder.name, resume="allow", config=record)
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run.folder)
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
         saved = run.folder / f"checkpoint-{run.saved_step}/sizes.json"
         sizes = json.loads(saved.read_text()) if saved.exists() else {}
-        for rows in run.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
+        for rows in run.folder.glob("*.jsonl") if stored else ():  # what came after the checkpoint comes again
             os.truncate(rows, sizes.get(rows.name, 0))
     tqdm.write(f"the run is in {run.folder}" + f", and goes on after step {run.saved_step}" * bool(stored))
     if RANK == 0 and not stored:  # in one piece: a run that is killed leaves all of it or nothing
@@ -608,10 +607,11 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
             run.tokenizer.save_pretrained(folder)
 
 
-def finish_run(run: Run, policy: Any, step: int) -> None:
-    """Save the policy, and show what has changed."""
+def finish_run(run: Run, policy: Any) -> None:
+    """Save the policy, and show what has changed from the first evaluation to the last one."""
     save_model(run, policy, run.folder / "model")
     if RANK == 0:
+        step = json.loads((run.folder / "samples.jsonl").read_text().splitlines()[-1])["step"]
         samples = [read_rows(run.folder / "samples.jsonl", number) for number in (0, step)]
         for before, after in list(zip(*samples, strict=True))[:3]:
             tqdm.write(f"\nprompt: {before['prompt']}\nbefore: {before['response']}\nafter:  {after['response']}")
@@ -641,9 +641,9 @@ def main(args: Args) -> None:
         yield mean_loss(run, [train_pairs[i] for i in batches[step]], loss_of, backward=True)
 
     measure = partial(evaluate, run, policy, test_pairs, loss_of)
-    step = train(run, {"policy": policy}, gradients_of, len(batches), {"lr": args.learning_rate}, measure)
+    train(run, {"policy": policy}, gradients_of, len(batches), {"lr": args.learning_rate}, measure)
     # endregion
-    finish_run(run, policy, step)
+    finish_run(run, policy)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_examples_of_one_kind_end_the_run():
 
 def test_other_answers_are_those_of_the_example_before_within_the_step():
     pairs = [kto.Pair(row, "a", [5], [10 + row], [], 1.0) for row in range(5)]
-    examples, batches = kto.add_others(pairs, [[3, 0, 4], [2, 1]])
+    examples, batches = kto.add_others(pairs, [[3, 0, 4], [2, 1]], max_length=2)
     assert [(e.row, e.chosen_ids, e.rejected_ids) for e in examples] == [
         (3, [13], [14]), (0, [10], [13]), (4, [14], [10]), (2, [12], [11]), (1, [11], [12]),
     ]  # fmt: skip

@@ -1,174 +1,129 @@
-"""Pre-DPO: its two stages, its weights and its closed form."""
+"""Pre-DPO: its losses and its optimum in closed form, and which models its two stages start from and refer to."""
 
 import json
 import math
 import shutil
-import signal
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import load_script, make_batch, minimise, naive_logps, read_rows, text_pairs, weights_of, write_rows
-from safetensors.torch import load_file
-from test_durable import assert_same, checkpoints, finish, new_folder, run, whole_run
+from conftest import TOY, load_script, make_batch, minimise, read_rows, start, weights_of
+from safetensors.torch import save_file
 
-dpo, pre_dpo = load_script("dpo"), load_script("pre_dpo")
-QUICK = {"batch_size": 4, "max_new_tokens": 4, "eval_steps": 1000, "learning_rate": 1e-2, "judge_name_or_path": None}
+dpo, simpo, pre_dpo = load_script("dpo"), load_script("simpo"), load_script("pre_dpo")
+LENGTHS = {"chosen_lengths": torch.tensor([3.0, 1, 4, 1, 5]), "rejected_lengths": torch.tensor([2.0, 7, 1, 8, 2])}
 
 
-@pytest.fixture
-def flags(tiny_model, tmp_path):
-    data = write_rows(tmp_path / "data.jsonl", text_pairs(8))
-    paths = {"model_name_or_path": tiny_model(), "dataset_name": data, "output_dir": str(tmp_path / "run")}
-    return QUICK | paths | {"dataset_test_split": "train"}
+@torch.no_grad()
+def naive_margins(model, pairs, mean=False):
+    """log pi(chosen) - log pi(rejected) of pairs, by transformers' own loss of single rows, a mean over tokens."""
+    rows = []
+    for pair in pairs:
+        for answer in (pair.chosen_ids, pair.rejected_ids):
+            labels = torch.tensor([[-100] * len(pair.prompt_ids) + answer])
+            logp = -model(torch.tensor([pair.prompt_ids + answer]), labels=labels).loss.item()
+            rows.append(logp if mean else logp * len(answer))
+    return torch.tensor(rows[::2]) - torch.tensor(rows[1::2])
+
+
+def test_losses_of_the_guides_are_those_of_dpo_and_simpo():
+    batch = make_batch(preference_prob=torch.rand(5, dtype=torch.float64), **LENGTHS)
+    assert torch.equal(pre_dpo.compute_loss(batch, 0.3, 0.1)[0], dpo.compute_loss(batch, 0.3, 0.1)[0])
+    losses, metrics = pre_dpo.compute_simpo_loss(batch, 2.5, 1.2, 0.1)
+    expected, others = simpo.compute_loss(batch, 2.5, 1.2, 0.1)
+    assert torch.equal(losses, expected) and all(torch.equal(metrics[name], others[name]) for name in metrics)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_the_weight_is_that_of_the_gradient(beta):
+    """The gradient is -beta weight [grad log pi(y_w) - grad log pi(y_l)]; where policy and guide agree it is 1/2."""
+    batch = make_batch()
+    batch = batch._replace(ref_chosen_logps=torch.cat([batch.chosen_logps[:1], batch.ref_chosen_logps[1:]]))
+    batch = batch._replace(ref_rejected_logps=torch.cat([batch.rejected_logps[:1], batch.ref_rejected_logps[1:]]))
+    batch.chosen_logps.requires_grad_()
+    losses, metrics = pre_dpo.compute_loss(batch, beta, 0.0)
+    (gradient,) = torch.autograd.grad(losses.sum(), batch.chosen_logps)
+    torch.testing.assert_close(metrics["weight"].detach(), -gradient / beta)
+    assert metrics["weight"][0] == 0.5
 
 
 @pytest.mark.parametrize("betas", [(0.5, 0.5), (1.0, 0.25)])
 def test_both_optima_amount_to_dpo_with_a_smaller_beta(betas):
-    """On a bandit with Bradley-Terry labels: 1 / beta = 1 / beta_1 + 1 / beta_2."""
-    generator = torch.Generator().manual_seed(0)
-    reward = 3 * torch.rand(5, generator=generator, dtype=torch.float64)
-    initial = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(-1)
-    first, second = torch.cat([torch.combinations(torch.arange(5)), torch.combinations(torch.arange(5)).flip(1)]).T
+    """On a bandit with labels of a reward, by Bradley-Terry: 1 / beta = 1 / b1 + 1 / b2."""
+    reward = torch.tensor([2.0, 0, 1.5, 1], dtype=torch.float64)
+    initial = torch.tensor([0.0, 1, 2, 0], dtype=torch.float64).log_softmax(-1)
+    first, second = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
 
     def optimum(reference, beta):
         def loss(theta):
             policy = theta.log_softmax(-1)
             sides = {"chosen_logps": policy[first], "rejected_logps": policy[second]}
             sides |= {"ref_chosen_logps": reference[first], "ref_rejected_logps": reference[second]}
-            prob = torch.sigmoid(reward[first] - reward[second])
-            batch = make_batch(len(first), **sides, preference_prob=prob)
-            return pre_dpo.compute_loss(batch, beta=beta, label_smoothing=0.0)[0].mean()
+            batch = make_batch(16, **sides, preference_prob=torch.sigmoid(reward[first] - reward[second]))
+            return pre_dpo.compute_loss(batch, beta, 0.0)[0].mean()
 
-        return minimise(loss, 5).log_softmax(-1)
+        return minimise(loss, 4).log_softmax(-1)
 
-    guide = optimum(initial, betas[0])
-    together = 1 / (1 / betas[0] + 1 / betas[1])
-    torch.testing.assert_close(optimum(guide, betas[1]), optimum(initial, together), rtol=1e-5, atol=1e-6)
-    assert (guide.exp() - initial.exp()).abs().max() > 0.05
+    found = optimum(optimum(initial, betas[0]), betas[1]).exp()
+    expected = (initial + reward * (1 / betas[0] + 1 / betas[1])).softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_loss_of_a_dpo_guide_is_that_of_dpo():
-    batch = make_batch(preference_prob=torch.rand(5, dtype=torch.float64))
-    expected = dpo.compute_loss(batch, beta=0.3, label_smoothing=0.1)[0]
-    assert torch.equal(pre_dpo.compute_loss(batch, beta=0.3, label_smoothing=0.1)[0], expected)
+@pytest.fixture
+def existing(tmp_path):
+    """A folder with a guide that differs from the policy of the test bed."""
+    folder = shutil.copytree(TOY / "policy", tmp_path / "existing")
+    weights = {name: 1.1 * weight for name, weight in weights_of(folder).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
-def test_loss_of_a_simpo_guide_is_that_of_simpo():
-    batch = make_batch(chosen_lengths=torch.arange(5) + 1.0, rejected_lengths=5.0 - torch.arange(5))
-    options = {"beta": 2.5, "gamma_beta_ratio": 0.5, "label_smoothing": 0.1}
-    expected = load_script("simpo").compute_loss(batch, **options)[0]
-    assert torch.equal(pre_dpo.compute_simpo_loss(batch, **options)[0], expected)
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "existing"])
+def test_stages(kind, data, existing, tmp_path, monkeypatch):
+    """Stage 2 is DPO from the initial policy with the guide as the reference, whatever trained the guide."""
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    folder, train_guide, loss, betas = tmp_path / "run", pre_dpo.train_guide, pre_dpo.compute_loss, set()
+    guides = [load(existing)] if kind == "existing" else []
+    monkeypatch.setattr(pre_dpo, "train_guide", lambda *given: guides.append(train_guide(*given)) or guides[0])
+    monkeypatch.setattr(pre_dpo, "compute_loss", lambda *given: betas.add((len(guides), given[1])) or loss(*given))
+    flags = {"batch_size": 8, "max_new_tokens": 4, "num_eval_prompts": 4, "eval_steps": 100, "guide_beta": 0.2}
+    flags |= {"guide_learning_rate": 1e-3, "lr_scheduler_type": "constant", "beta": 0.3, "dataset_name": str(data)}
+    flags |= {"guide_model_name_or_path": str(existing)} if kind == "existing" else {"guide": kind}
+    pre_dpo.main(pre_dpo.Args(**flags, output_dir=str(folder)))
+    metrics = read_rows(folder / "metrics.jsonl")
+    rows = [row for row in metrics if "train/loss" in row]
+    assert [row["train/learning_rate"] for row in rows] == [1e-3] * 3 * (kind != "existing") + [3e-4] * 3
+    assert betas == {(1, 0.3)} | ({(0, 0.2)} if kind == "dpo" else set())
+
+    run = start("pre_dpo", TOY / "policy", **flags)
+    pairs, test_pairs = pre_dpo.load_pairs(run)
+    batch = [pairs[i] for i in pre_dpo.plan_batches(run.args, 20)[0]]
+    h = naive_margins(load(TOY / "policy"), batch) - naive_margins(guides[0], batch)
+    first = rows[-3]
+    assert first["train/loss"] == pytest.approx((1 + (-0.3 * h).exp()).log().mean().item(), rel=1e-4)
+    assert abs(first["train/loss"] - math.log(2)) > 0.01
+    assert first["train/weight"] == pytest.approx((1 / (1 + (0.3 * h).exp())).mean().item(), rel=1e-4)
+    if kind == "simpo":
+        gaps = 2.5 * naive_margins(load(TOY / "policy"), batch, mean=True) - 2.5 * 0.48
+        assert rows[0]["train/loss"] == pytest.approx((1 + (-gaps).exp()).log().mean().item(), rel=1e-4)
+    if kind == "dpo":
+        assert rows[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
+    h = naive_margins(load(folder / "model"), test_pairs) - naive_margins(guides[0], test_pairs)
+    assert metrics[-1]["eval/rewards/margins"] == pytest.approx(0.3 * h.mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("guide", ["dpo", "simpo"])
-def test_stage_2_starts_again_from_the_initial_policy(flags, guide, monkeypatch):
-    initial, starts, train = weights_of(flags["model_name_or_path"]), [], pre_dpo.train
-
-    def watched(run, policy, *rest, **options):
-        starts.append({name: weight.clone() for name, weight in policy.state_dict().items()})
-        assert run.rollout is policy  # no other model is in memory
-        return train(run, policy, *rest, **options)
-
-    monkeypatch.setattr(pre_dpo, "train", watched)
-    pre_dpo.main(pre_dpo.Args(**flags, guide=guide))
-    assert len(starts) == 2
-    for start in starts:
-        assert start.keys() == initial.keys() and all(torch.equal(start[name], initial[name]) for name in initial)
-    folder = pre_dpo.Path(flags["output_dir"])
-    rows = read_rows(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
-    assert [row["step"] for row in rows if "eval/kl" in row] == [0, 2, 4]
-    assert abs(rows[4]["train/loss"] - math.log(2)) > 0.01
-    assert [row["train/learning_rate"] for row in rows if "train/loss" in row] == pytest.approx([0.01, 0.01] * 2)
-    # The reference is the guide that was saved.
-    run = pre_dpo.Run(pre_dpo.Args(**flags), folder, torch.device("cpu"), torch.float32, 2048, None)
-    run.tokenizer = transformers.AutoTokenizer.from_pretrained(flags["model_name_or_path"])
-    run.stop_ids = [0]
-    pairs = pre_dpo.encode_rows(run, text_pairs(8), "rows")
-    pairs = [pair for batch in pre_dpo.plan_batches(run.args, pairs) for pair in batch]
-    stored = load_file(folder / "guide_logps.safetensors")["chosen_rejected"][:8]
-    torch.testing.assert_close(stored, naive_logps(folder / "guide", pairs), rtol=1e-5, atol=1e-3)
+def test_a_guide_of_another_vocabulary(existing):
+    tokenizer = json.loads((existing / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
+    (existing / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SystemExit, match="^error: the guide .* has another vocabulary"):
+        pre_dpo.load_guide(start("pre_dpo", TOY / "policy"), str(existing))
 
 
-def test_weights_are_logged(flags, tmp_path):
-    labels = [True, False, 0, 1, None, False, True, False]  # None: not known
-    rows = [row | {"label_flipped": label} for row, label in zip(text_pairs(8), labels, strict=True)]
-    flags["dataset_name"] = write_rows(tmp_path / "flipped.jsonl", rows)
-    pre_dpo.main(pre_dpo.Args(**flags, beta=0.005))
-    folder = pre_dpo.Path(flags["output_dir"])
-    (logged,) = [row for row in read_rows(folder / "metrics.jsonl") if "method/weight_mean" in row]
-    run = pre_dpo.Run(pre_dpo.Args(**flags), folder, torch.device("cpu"), torch.float32, 2048, None, [0])
-    run.tokenizer = transformers.AutoTokenizer.from_pretrained(flags["model_name_or_path"])
-    pairs = pre_dpo.encode_rows(run, rows, "rows")
-    gaps = [naive_logps(path, pairs) for path in (flags["model_name_or_path"], folder / "guide")]
-    h = (gaps[0] - gaps[1])[:, 0] - (gaps[0] - gaps[1])[:, 1]
-    weights = [1 / (1 + math.exp(0.005 * value)) for value in h.tolist()]
-    assert logged["step"] == 3
-    assert logged["method/weight_mean"] == pytest.approx(sum(weights) / 8, abs=1e-5)
-    low, high = sorted(weights)[3:5]
-    assert logged["method/weight_q50"] == pytest.approx((low + high) / 2, abs=1e-5)
-    for k in range(10):
-        share = sum(k / 10 <= weight < (k + 1) / 10 for weight in weights) / 8
-        assert logged[f"method/weight_from_{k / 10}"] == pytest.approx(share)
-    wins = [weights[i] > weights[j] for i in (1, 2, 5, 7) for j in (0, 3, 6)]
-    assert logged["method/weight_auc"] == pytest.approx(sum(wins) / len(wins))
-
-
-def test_a_guide_that_exists_already(flags, tmp_path):
-    pre_dpo.main(pre_dpo.Args(**flags))
-    folder, other = pre_dpo.Path(flags["output_dir"]), tmp_path / "other"
-    again = flags | {"output_dir": str(other), "guide_model_name_or_path": str(folder / "guide")}
-    pre_dpo.main(pre_dpo.Args(**again))
-    assert not (other / "guide").exists() and not (other / "reference_logps.safetensors").exists()
-    stage_2, alone = ([row for row in read_rows(f / "metrics.jsonl") if "train/loss" in row] for f in (folder, other))
-    assert [row["train/loss"] for row in alone] == [row["train/loss"] for row in stage_2[2:]]
-    first, second = (weights_of(f / "model") for f in (folder, other))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_guide_of_another_vocabulary(flags, tiny_copy, tmp_path):
-    guide = tiny_copy()
-    file = guide / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="another vocabulary"):
-        pre_dpo.main(pre_dpo.Args(**flags, guide_model_name_or_path=str(guide)))
-
-
-def test_only_evaluating(flags):
-    pre_dpo.main(pre_dpo.Args(**flags, max_steps=0))
-    (row,) = read_rows(pre_dpo.Path(flags["output_dir"]) / "metrics.jsonl")
-    assert row["step"] == 0 and row["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
-
-
-# Its calls: clip_grad_norm_ 1 to 6 in stage 1, 7 to 12 in stage 2.
-STOPS = {
-    "while the guide is saved": 'at(script, "save_model", 1, kill)',
-    "while the guide's log-probabilities are stored": 'at(script, "save_file", 0, kill, about="guide_logps")',
-    "at the start of stage 2": 'at(optimisation, "clip_grad_norm_", 7, kill)',
-    "late in stage 2": 'at(optimisation, "clip_grad_norm_", 12, kill)',
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", ["0", "6"])
-@pytest.mark.parametrize("when", STOPS)
-def test_killed_runs_go_on_in_their_stage(when, steps):
-    folder = new_folder()
-    killed = run("pre_dpo", folder, "--save-steps", steps, patch=STOPS[when])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    finish("pre_dpo", folder, "--save-steps", steps, "--resume")
-    assert_same(folder, whole_run("pre_dpo"))
-
-
-@pytest.mark.slow
-def test_stopped_in_stage_2():
-    folder = new_folder()
-    stopped = run("pre_dpo", folder, patch='at(optimisation, "clip_grad_norm_", 9, terminate)')
-    assert stopped.returncode == 128 + signal.SIGTERM and checkpoints(folder) == ["checkpoint-9"]
-    shutil.rmtree(folder / "guide")  # it is not needed any more
-    finish("pre_dpo", folder, "--resume")
-    assert_same(folder, whole_run("pre_dpo"))
+def test_defaults(tiny_model):
+    names = ["beta", "guide_beta", "learning_rate", "guide_learning_rate"]
+    runs = start("pre_dpo", tiny_model()), start("pre_dpo", tiny_model(), lora_rank=2), start("pre_dpo", TOY / "policy")
+    real, lora, toy = [[getattr(run.args, name) for name in names] for run in runs]
+    assert (real, lora, toy) == ([0.1, 0.01, 6e-7, 6e-7], [0.1, 0.01, 6e-6, 6e-6], [0.1, 0.1, 3e-4, 3e-4])

@@ -1,18 +1,19 @@
 """Three optimiser steps against those of TRL's trainers; skipped where TRL is not installed."""
 
-import json
-
 import pytest
 import torch
 import transformers
-from conftest import MINIMAL, load_script, read_rows, text_pairs, write_rows
+from conftest import load_script, read_rows, start, text_pairs, write_rows
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-dpo = load_script("dpo")
 
-METRICS = ["loss", "grad_norm", "logps/chosen", "logps/rejected"]
-METRICS += [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
+# Names of our metrics, and TRL's for the same.
+SAME = ["loss", "grad_norm"] + [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
+SAME = dict(zip(SAME, SAME, strict=True))
+OF_SFT = {"loss": "loss", "grad_norm": "grad_norm"}
+OF_REWARD_MODEL = {"loss": "loss", "reward_model_grad_norm": "grad_norm"}
+OF_REWARD_MODEL |= {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 COMMON = {
     "max_length": 512,
     "lr_scheduler_type": "constant",
@@ -32,73 +33,63 @@ COMMON = {
 }
 
 
-def run_ours(name, path, rows, folder, **flags):
-    """The logged rows, and the rows of data in the order in which they were trained on."""
+def run_ours(name, path, folder, **flags):
+    """The logged rows of a run, and its rows of data in the order in which they are trained on."""
+    rows, script = text_pairs(8), load_script(name)
     for split in ("train", "test"):
         write_rows(folder / "data" / f"{split}.jsonl", rows)
-    script = load_script(name)
-    settings = {"judge_name_or_path": None, "max_new_tokens": 1, "max_length": 512, "lr_scheduler_type": "constant"}
-    settings |= {"num_train_epochs": 3, "max_steps": 3, "output_dir": str(folder / name)} | flags
-    args = script.Args(model_name_or_path=path, dataset_name=str(folder / "data"), **settings)
+    flags = {"max_length": 512, "max_new_tokens": 1, "num_train_epochs": 3, "max_steps": 3} | flags
+    flags |= {"lr_scheduler_type": "constant", "dataset_name": str(folder / "data"), "output_dir": str(folder / name)}
+    args = script.Args(model_name_or_path=path, **flags)
     script.main(args)
-    if name in MINIMAL:
-        order = [rows[i] for batch in script.plan_batches(args, len(rows)) for i in batch]
-    else:
-        order = [row for batch in script.plan_batches(args, rows) for row in batch]
+    order = [rows[i] for batch in script.plan_batches(args, 8) for i in batch]
     return [row for row in read_rows(folder / name / "metrics.jsonl") if "train/loss" in row], order
 
 
-def run_theirs(trainer_class, config, path, rows, reference=None):
+def run_theirs(trainer_class, config, model, rows, **more):
     """The trainer after its three steps, and the logged rows."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    options = {"args": config, "processing_class": transformers.AutoTokenizer.from_pretrained(path)}
-    if reference:
-        options["ref_model"] = transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
-    trainer = trainer_class(model, train_dataset=datasets.Dataset.from_list(rows), **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
+    data = datasets.Dataset.from_list(rows)
+    trainer = trainer_class(model, args=config, processing_class=tokenizer, train_dataset=data, **more)
     trainer.train()
     return trainer, [row for row in trainer.state.log_history if "loss" in row]
 
 
-def assert_equal(ours, theirs):
+def load(path, head="CausalLM"):
+    return getattr(transformers, f"AutoModelFor{head}").from_pretrained(path, dtype=torch.float32)
+
+
+def assert_equal(ours, theirs, names=SAME):
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):
-        for name in METRICS:
-            assert a[f"train/{name}"] == pytest.approx(float(b[name]), rel=1e-4, abs=1e-6), (name, json.dumps(b))
+        for name, their_name in names.items():
+            assert a[f"train/{name}"] == pytest.approx(float(b[their_name]), rel=1e-4, abs=1e-6), (name, a, b)
     assert ours[0]["train/loss"] - ours[2]["train/loss"] > 0.01
 
 
-def settings(batch_size, folder, learning_rate=1e-3, **own):
+def settings(batch_size, folder, **own):
     """Our flags, and TRL's options for the same."""
-    ours = {"batch_size": batch_size, "learning_rate": learning_rate}
-    return ours, COMMON | own | {
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "output_dir": str(folder / "trl"),
-    }
+    theirs = {"per_device_train_batch_size": batch_size, "learning_rate": 1e-3, "output_dir": str(folder / "trl")}
+    return {"batch_size": batch_size, "learning_rate": 1e-3}, COMMON | own | theirs
 
 
 @pytest.mark.parametrize("batch_size", [8, 4])
 def test_dpo(tiny_model, tmp_path, batch_size):
     path, (flags, options) = tiny_model(), settings(batch_size, tmp_path, beta=0.1, loss_type=["sigmoid"])
-    ours, order = run_ours("dpo", path, text_pairs(8), tmp_path, beta=0.1, **flags)
-    trainer, theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order)
-
-    run = dpo.Run(dpo.Args(), tmp_path, trainer.processing_class, stop_ids=[0], saved_step=0)
-    pairs = dpo.encode_rows(run, order, "rows")
+    ours, order = run_ours("dpo", path, tmp_path, beta=0.1, **flags)
+    trainer, theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), load(path), order)
+    pairs = load_script("dpo").encode_rows(start("dpo", path), order, "train")
     for pair, row in zip(pairs, trainer.train_dataset, strict=True):
-        assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == (
-            row["prompt_ids"],
-            row["chosen_ids"],
-            row["rejected_ids"],
-        )
+        their_ids = (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == their_ids
     assert_equal(ours, theirs)
 
 
 def test_ipo(tiny_model, tmp_path):
     """Whose loss is on log-ratios divided by lengths."""
     path, (flags, options) = tiny_model(), settings(4, tmp_path, beta=0.4, loss_type=["ipo"])
-    ours, order = run_ours("ipo", path, text_pairs(8), tmp_path, beta=0.4, length_normalize=True, **flags)
-    assert_equal(ours, run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order)[1])
+    ours, order = run_ours("ipo", path, tmp_path, beta=0.4, length_normalize=True, **flags)
+    assert_equal(ours, run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), load(path), order)[1])
 
 
 def test_simpo(tiny_model, tmp_path):
@@ -107,49 +98,36 @@ def test_simpo(tiny_model, tmp_path):
 
     own = {"beta": 2.5, "loss_type": "simpo", "simpo_gamma": 1.375, "cpo_alpha": 0.0}
     path, (flags, options) = tiny_model(), settings(4, tmp_path, **own)
-    ours, order = run_ours("simpo", path, text_pairs(8), tmp_path, beta=2.5, gamma_beta_ratio=0.55, **flags)
-    assert_equal(ours, run_theirs(CPOTrainer, CPOConfig(**options), path, order)[1])
+    ours, order = run_ours("simpo", path, tmp_path, beta=2.5, gamma_beta_ratio=0.55, **flags)
+    assert_equal(ours, run_theirs(CPOTrainer, CPOConfig(**options), load(path), order)[1])
 
 
 def test_stage_2_of_pre_dpo(tiny_model, tmp_path):
+    """The guide, trained by dpo.py, is the reference of DPO."""
     path, (flags, options) = tiny_model(), settings(4, tmp_path, beta=0.2, loss_type=["sigmoid"])
-    ours, order = run_ours("pre_dpo", path, text_pairs(8), tmp_path, beta=0.2, **flags)
-    theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), path, order, tmp_path / "pre_dpo" / "guide")[1]
-    assert len(ours) == 6 and abs(ours[3]["train/loss"] - 0.6931) > 0.01
-    assert_equal(ours[3:], theirs)
-
-
-def assert_stage_equal(ours, theirs, accuracy=None):
-    assert len(ours) == len(theirs) == 3
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert a[f"train/{name}"] == pytest.approx(float(b[name]), rel=1e-4, abs=1e-6), (name, json.dumps(b))
-        if accuracy:
-            assert a["method/reward_accuracy"] == pytest.approx(float(b[accuracy]))
-    assert ours[0]["train/loss"] - ours[2]["train/loss"] > 0.01
+    run_ours("dpo", path, tmp_path, **flags)
+    guide = str(tmp_path / "dpo" / "model")
+    ours, order = run_ours("pre_dpo", path, tmp_path, beta=0.2, guide_model_name_or_path=guide, **flags)
+    assert abs(ours[0]["train/loss"] - 0.6931) > 0.01
+    _, theirs = run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), load(path), order, ref_model=load(guide))
+    assert_equal(ours, theirs)
 
 
 def test_sft_of_rlhf(tiny_model, tmp_path):
     path, (flags, options) = tiny_model(), settings(4, tmp_path, adam_epsilon=1e-5, completion_only_loss=True)
     stage = {"sft_epochs": 3, "sft_learning_rate": flags.pop("learning_rate")}
-    ours, order = run_ours("rlhf_ppo", path, text_pairs(8), tmp_path, **flags, **stage)
+    ours, order = run_ours("rlhf_ppo", path, tmp_path, **flags, **stage)
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in order]
-    assert_stage_equal(ours[:3], run_theirs(trl.SFTTrainer, trl.SFTConfig(**options), path, rows)[1])
+    assert_equal(ours[:3], run_theirs(trl.SFTTrainer, trl.SFTConfig(**options), load(path), rows)[1], OF_SFT)
 
 
 def test_reward_model_of_rlhf(tiny_model, tmp_path):
-    rlhf = load_script("rlhf_ppo")
+    """Both start with the same new head."""
     path, (flags, options) = tiny_model(), settings(4, tmp_path, adam_epsilon=1e-5)
     stage = {"sft_epochs": 0, "reward_epochs": 3, "reward_learning_rate": flags.pop("learning_rate")}
-    ours, order = run_ours("rlhf_ppo", path, text_pairs(8), tmp_path, **flags, **stage)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    run = rlhf.Run(rlhf.Args(), tmp_path, torch.device("cpu"), torch.float32, 2048, tokenizer, [0])
-    trainer = trl.RewardTrainer(
-        rlhf.load_scorer(run, path, torch.float32),  # with the same new head
-        args=trl.RewardConfig(**options),
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(order),
-    )
-    trainer.train()
-    theirs = [row for row in trainer.state.log_history if "loss" in row]
-    assert_stage_equal(ours[:3], theirs, accuracy="accuracy")
+    ours, order = run_ours("rlhf_ppo", path, tmp_path, **flags, **stage)
+    initial = load_script("rlhf_ppo").add_head(start("rlhf_ppo", path, output_dir=str(tmp_path / "init")), path)
+    model = load(initial, "SequenceClassification")
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(initial)
+    theirs = run_theirs(trl.RewardTrainer, trl.RewardConfig(**options), model, order)[1]
+    assert_equal(ours[:3], theirs, OF_REWARD_MODEL)

@@ -1,0 +1,150 @@
+"""Chat with a model in the terminal, or let it answer a file of prompts.
+
+    python sample.py toy/policy                              # an empty line or Ctrl-D ends the chat
+    python sample.py runs/RUN --compare toy/policy --judge toy/judge
+    python sample.py runs/RUN --prompts alpaca_eval.json --output answers.json
+    python sample.py runs/RUN --prompts question.jsonl --output answers.jsonl --output-format arena-hard
+
+A model is a hub id, a folder, or the folder of a run; LoRA adapters load, too. Without a chat template it gets the text
+as it is, of a chat all lines so far. A file of prompts has rows with `instruction` or `prompt`, a string (which is what
+a user says) or chat messages. Answers are drawn from the whole distribution at --temperature; a model's own settings of
+top-p or penalties do not count. --compare's model meets the same luck, and writes NAME.compare.json. The formats are
+- alpaca-eval: a JSON list of {instruction, output, generator}, for AlpacaEval 1 and 2;
+- arena-hard: lines of {uid, ans_id, model, messages}, for Arena-Hard-Auto since April 2025 and its questions (v2.0 or
+  v0.1). Its style control also wants metadata, which its utils/add_markdown_info.py adds.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+import tyro
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+@dataclass
+class Args:
+    model: tyro.conf.Positional[str]  # hub id, folder of a model or adapter, or folder of a run
+    compare: str | None = None  # a second model that answers the same
+    judge: str | None = None  # reward model that scores the answers, as in the training scripts
+    prompts: Path | None = None  # .json or .jsonl file of prompts to answer; None = chat
+    output: Path | None = None  # file to write their answers to
+    output_format: Literal["alpaca-eval", "arena-hard"] = "alpaca-eval"  # of that file
+    temperature: float = 0.7  # 0 = greedy; the authors of SimPO used 0.5 to 0.9
+    max_new_tokens: int = 1024  # longest answer, in tokens; shorter where the model has no more positions
+    batch_size: int = 16 if CUDA else 4  # prompts of a file to answer at a time; another number draws other answers
+    seed: int = 1  # of the sampling
+
+
+def load(path: str, kind: Any = AutoModelForCausalLM) -> tuple[str, Any, Any]:
+    """Name, model and tokenizer."""
+    folder = Path(path, "model") if Path(path, "args.json").exists() else Path(path)
+    name = [part for part in folder.resolve().parts if part != "model"][-1] if folder.exists() else path
+    model, info = kind.from_pretrained(folder.as_posix(), dtype=DTYPE, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:
+        sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is no {type(model).__name__}")
+    return name, model.to(DEVICE).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder.as_posix())
+
+
+def encode(tokenizer: Any, chat: list[dict]) -> list[int]:
+    bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+    text = bos + "\n".join([message["content"] for message in chat])
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def generate(args: Args, model: Any, tokenizer: Any, chats: list, place: int, streamer: Any = None) -> list[str]:
+    """An answer to each of some chats; seed and place decide on the random numbers."""
+    prompts, listed = [encode(tokenizer, chat) for chat in chats], model.generation_config.eos_token_id
+    width = max([len(prompt) for prompt in prompts])
+    padded = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in prompts], device=DEVICE)  # on the left
+    stop_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    stops = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.eos_token_id}
+    model.generation_config.update(top_k=0, **stops)  # in place of the model's own
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - width
+    if room < 1:
+        sys.exit(f"error: a prompt of {width} tokens leaves the model no room to answer")
+    options = {"max_new_tokens": min(args.max_new_tokens, room), "attention_mask": (padded >= 0).long()}
+    options |= {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {}
+    torch.manual_seed(1_000_003 * args.seed + place)
+    rows = model.generate(padded.clamp(min=0), streamer=streamer, **options)
+    return tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)
+
+
+def score(judge: Any, tokenizer: Any, chat: list[dict], answer: str) -> float:
+    judge.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
+    text = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special ones
+    return judge(input_ids=torch.tensor([ids], device=DEVICE)).logits.item()
+
+
+def talk(args: Args, models: list[tuple], judge: tuple | None) -> None:
+    chats = [[] for _ in models]
+    for line in iter(lambda: input("> "), ""):
+        for (name, model, tokenizer), chat in zip(models, chats, strict=True):
+            chat.append({"role": "user", "content": line})
+            print(f"[{name}]" if args.compare else "")
+            streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            answer = generate(args, model, tokenizer, [chat], len(chat), streamer)[0]
+            print(f"(judge's score {score(*judge, chat, answer):.3f})\n" if judge else "")
+            chat.append({"role": "assistant", "content": answer})
+
+
+def answer_file(args: Args, models: list[tuple], judge: tuple | None) -> None:
+    text, chats, scores = args.prompts.read_text(encoding="utf-8").strip(), [], []
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n")]
+    for row in rows:
+        prompt = row.get("instruction") or row.get("prompt")
+        if not prompt:
+            sys.exit(f"error: row {len(chats)} of {args.prompts} has no instruction or prompt, but {sorted(row)}")
+        chats.append(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for (name, model, tokenizer), suffix in zip(models, ["", ".compare"], strict=False):
+        answers, lines, file = [], [], args.output.with_suffix(suffix + args.output.suffix)
+        for start in tqdm(range(0, len(rows), args.batch_size), name):
+            answers += generate(args, model, tokenizer, chats[start : start + args.batch_size], start)
+        for row, chat, answer in zip(rows, chats, answers, strict=True):
+            instruction, uid = "\n\n".join([message["content"] for message in chat]), row.get("uid", str(len(lines)))
+            line = {"instruction": instruction, "output": answer, "generator": name}
+            if args.output_format == "arena-hard":
+                line = {"uid": uid, "ans_id": f"{name}-{uid}", "model": name}
+                line["messages"] = [*chat, {"role": "assistant", "content": {"answer": answer}}]
+            lines.append(json.dumps(line))
+        text = "\n".join(lines) if args.output_format == "arena-hard" else "[\n" + ",\n".join(lines) + "\n]"
+        file.write_text(text + "\n")
+        print(f"{name}: {len(rows)} answers in {file}")
+        if judge:
+            scores.append([score(*judge, chat, answer) for chat, answer in zip(chats, answers, strict=True)])
+    titles = [f"judge's score of {name}" for name, _, _ in models] + [f"win rate of {models[0][0]}"]
+    if len(scores) == 2:
+        scores.append([(1 + (ours > theirs) - (ours < theirs)) / 2 for ours, theirs in zip(*scores, strict=True)])
+    for title, values in zip(titles, scores, strict=False):
+        interval = 1.96 * statistics.pstdev(values) / math.sqrt(len(values))
+        print(f"{title}: {statistics.fmean(values):.3f} +- {interval:.3f}")
+
+
+def main(args: Args) -> None:
+    if bool(args.prompts) != bool(args.output):
+        sys.exit("error: --prompts and --output go together")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    models = [load(path) for path in (args.model, args.compare) if path]
+    judge = load(args.judge, AutoModelForSequenceClassification)[1:] if args.judge else None
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        (answer_file if args.prompts else talk)(args, models, judge)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,60 @@
+"""DIFFS.md, the page of what each script changes of dpo.py."""
+
+import re
+
+import pytest
+from conftest import ROOT, load_script
+
+diffs = load_script("benchmarks/diffs")
+PAGE = (ROOT / "DIFFS.md").read_text(encoding="utf-8")
+SIBLINGS = [path.stem for path in ROOT.glob("*.py") if "# region method: header" in path.read_text(encoding="utf-8")]
+SIBLINGS.remove("dpo")
+
+
+def read_lines(name):
+    return (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+
+
+def read_diff(name):
+    (section,) = re.findall(rf"^## {name}\.py\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    (diff,) = re.findall(r"^```diff\n(.*?)\n```$", section, re.M | re.S)
+    return diff.split("\n")
+
+
+def test_page_is_what_the_scripts_give(tmp_path, monkeypatch):
+    diffs.main(diffs.Args(check=True))
+    monkeypatch.setattr(diffs, "ROOT", tmp_path)
+    for name in ["dpo", *SIBLINGS]:
+        (tmp_path / f"{name}.py").write_text("\n".join(read_lines(name)) + "\n")
+    (tmp_path / "DIFFS.md").write_text(PAGE)
+    diffs.main(diffs.Args(check=True))
+    with (tmp_path / "dpo.py").open("a") as file:
+        file.write("# one more line\n")
+    with pytest.raises(SystemExit, match="error: DIFFS.md is not what the scripts give"):
+        diffs.main(diffs.Args(check=True))
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_diff_makes_the_script_out_of_dpo(name):
+    """Each hunk stands at its line numbers, and what is between hunks is equal; all but the docstrings."""
+    old, new = read_lines("dpo"), read_lines(name)
+    made, place = new[: new.index("# endregion") + 1], old.index("# endregion") + 1
+    for line in read_diff(name)[2:]:
+        if mark := re.fullmatch(r"@@ -(\d+),\d+ \+(\d+),\d+ @@", line):
+            made += old[place : int(mark[1]) - 1]
+            place = int(mark[1]) - 1
+            assert len(made) == int(mark[2]) - 1
+        elif line.startswith("+"):
+            made.append(line[1:])
+        else:
+            assert line[0] in " -" and old[place] == line[1:]
+            made += [old[place]] * (line[0] == " ")
+            place += 1
+    assert made + old[place:] == new
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_table_counts_lines_and_changes(name):
+    changed = sum(line[:1] in ("+", "-") for line in read_diff(name)[2:])
+    assert f"[{name}.py](#{name}py) | " in PAGE
+    assert re.search(rf"^\| \[{name}\.py\].* \| {len(read_lines(name))} \| {changed} \|$", PAGE, re.M)
