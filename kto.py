@@ -208,7 +208,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     parts = [part for part in (prompt, chosen, rejected) if part is not None]
     alike = len(parts) > 1 and {type(part) for part in parts} in ({str}, {list})
     if not alike or not all([part and (part if isinstance(part, str) else part[-1]["content"]) for part in parts]):
-        sys.exit(f"error: {where} has the keys {sorted(row)}, not prompt, completion, label, all text or messages")
+        sys.exit(f"error: {where} has keys {sorted(row)}: it needs prompt, completion, label, not empty, or a pair")
     return prompt, chosen, rejected
 
 

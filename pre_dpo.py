@@ -229,7 +229,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     parts = (prompt, chosen, rejected)
     alike = {type(part) for part in parts} in ({str}, {list})
     if not alike or not all([part and (part if isinstance(part, str) else part[-1]["content"]) for part in parts]):
-        sys.exit(f"error: {where} has the keys {sorted(row)}, not prompt, chosen, rejected, all text or all messages")
+        sys.exit(f"error: {where} has keys {sorted(row)}: needed are prompt, chosen, rejected, text or chat, not empty")
     return parts
 
 

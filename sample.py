@@ -72,13 +72,12 @@ def generate(args: Args, model: Any, tokenizer: Any, chats: list, place: int, st
     padded = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in prompts], device=DEVICE)  # on the left
     stop_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     stops = {"eos_token_id": list(stop_ids), "pad_token_id": tokenizer.eos_token_id}
-    model.generation_config.update(top_k=0, **stops)  # in place of the model's own
+    model.generation_config = GenerationConfig(top_k=0, **stops)  # in place of the model's own
     room = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - width
     if room < 1:
         sys.exit(f"error: a prompt of {width} tokens leaves the model no room to answer")
     options = {"max_new_tokens": min(args.max_new_tokens, room), "attention_mask": (padded >= 0).long()}
     options |= {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {}
-    torch.manual_seed(1_000_003 * args.seed + place)
     rows = model.generate(padded.clamp(min=0), streamer=streamer, **options)
     return tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)
 

@@ -217,8 +217,8 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
         prompt, truth = truth[:-1], truth[-1:]
     answer = truth[-1]["content"] if truth and isinstance(truth, list) else truth
     if not prompt or not answer or type(prompt) is not type(truth):
-        forms = "messages, prompt and completion, or prompt and chosen, all text or all messages"
-        sys.exit(f"error: {where} has the keys {sorted(row)}, not {forms}")
+        forms = "messages, or prompt and completion, or prompt and chosen, text or messages, not empty"
+        sys.exit(f"error: {where} has keys {sorted(row)}: it needs {forms}")
     return prompt, truth, "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
 
 

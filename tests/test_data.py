@@ -36,9 +36,9 @@ def test_strings_end_with_the_stop_token_once():
 
 
 BAD_ROWS = {
-    "in none of the accepted forms": {"prompt": "a", "chosen": 7, "rejected": "c"},
+    "needed are prompt, chosen, rejected": {"prompt": "a", "chosen": 7, "rejected": "c"},
     "keys ['question']": {"question": "a"},
-    "without any empty one": {"prompt": "a", "chosen": "", "rejected": "c"},
+    "not empty": {"prompt": "a", "chosen": "", "rejected": "c"},
     "preference_prob is 1.5": {"prompt": "a", "chosen": "b", "rejected": "c", "preference_prob": 1.5},
 }
 
@@ -49,7 +49,7 @@ def test_bad_rows_end_the_run(message):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     with pytest.raises(SystemExit, match="^error: row 1 of split train") as error:
         dpo.encode_rows(run, [good, BAD_ROWS[message]], "train")
-    assert message.removeprefix("in none of the accepted forms") in str(error.value)
+    assert message in str(error.value)
 
 
 def test_long_and_equal_pairs_are_dropped():
