@@ -21,7 +21,7 @@ takes AdamW (paper: Adafactor), 64 prompts a step (128), warm-up over 10 % (150 
 its own; log-probabilities are those at temperature 1. On the test bed IPO wants beta 0.05: with 1 it hardly moves.
 eval/loss and rewards/* are on the test pairs of the data; otherwise only the prompts of the pairs are used.
 
-    python oaif.py                               # the built-in test bed, some minutes on two CPU cores
+    python oaif.py                               # the built-in test bed, a few minutes on two CPU cores
     python oaif.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized \
         --annotator-name-or-path Qwen/Qwen2.5-7B-Instruct --annotator-instruction "Prefer the more helpful answer."
 """
@@ -78,7 +78,7 @@ class Args:
     rollout_temperature: float = 0.9  # of the policy's answers
     annotator_name_or_path: str | None = None  # chat or reward model; None = the initial policy, or the test bed's own
     annotator_instruction: str | None = None  # what to prefer; None = more helpful answers, or more positive reviews
-    principles: str | None = None  # file with an instruction a line: the annotator's preferences are averaged over all
+    principles: str | None = None  # file with one instruction per line: the annotator's preferences are averaged over all
     DEFAULTS = {  # in place of None: for a real model, with LoRA, on the test bed
         "learning_rate": (5e-7, 5e-6, 3e-4),
         "annotator_name_or_path": (None, None, str(TOY / "annotator")),

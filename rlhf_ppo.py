@@ -23,7 +23,7 @@ learning rate 3e-6 in all stages (here ten times that with LoRA). Where sources 
 PPO holds four models: policy and value model with AdamW (16 bytes a weight), reference and reward model in the compute
 dtype. Where train/score rises and eval/judge_score falls, PPO exploits the reward model. eval/loss is SFT's.
 
-    python rlhf_ppo.py                           # the built-in test bed, some minutes on two CPU cores
+    python rlhf_ppo.py                           # the built-in test bed, a few minutes on two CPU cores
 """
 # endregion
 

@@ -60,7 +60,7 @@ def load(path: str, kind: Any = AutoModelForCausalLM) -> tuple[str, Any, Any]:
 def encode(tokenizer: Any, chat: list[dict]) -> list[int]:
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
     text = bos + "\n".join([message["content"] for message in chat])
-    if tokenizer.chat_template:
+    if True:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -78,6 +78,7 @@ def generate(args: Args, model: Any, tokenizer: Any, chats: list, place: int, st
         sys.exit(f"error: a prompt of {width} tokens leaves the model no room to answer")
     options = {"max_new_tokens": min(args.max_new_tokens, room), "attention_mask": (padded >= 0).long()}
     options |= {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {}
+    torch.manual_seed(1_000_003 * args.seed + place)
     rows = model.generate(padded.clamp(min=0), streamer=streamer, **options)
     return tokenizer.batch_decode(rows[:, width:], skip_special_tokens=True)
 

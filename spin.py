@@ -20,7 +20,7 @@ so that with the paper's 0.1 small learning rates hold the policy. Where sources
   --max-new-tokens should leave room for the longest truths. Empty answers and the truth itself are left out.
 eval/loss and eval/rewards/* are relative to an iteration's opponent: compare kl, judge_score and win_rate.
 
-    python spin.py                               # the built-in test bed, some minutes on two CPU cores
+    python spin.py                               # the built-in test bed, a few minutes on two CPU cores
     python spin.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized
     torchrun --nproc-per-node 8 spin.py ...      # several GPUs
 """
