@@ -78,7 +78,7 @@ class Args:
     rollout_temperature: float = 0.9  # of the policy's answers
     annotator_name_or_path: str | None = None  # chat or reward model; None = the initial policy, or the test bed's own
     annotator_instruction: str | None = None  # what to prefer; None = more helpful answers, or more positive reviews
-    principles: str | None = None  # file with one instruction per line: the annotator's preferences are averaged over all
+    principles: str | None = None  # file, one instruction per line: the preferences are averaged over all
     DEFAULTS = {  # in place of None: for a real model, with LoRA, on the test bed
         "learning_rate": (5e-7, 5e-6, 3e-4),
         "annotator_name_or_path": (None, None, str(TOY / "annotator")),

@@ -60,7 +60,7 @@ def load(path: str, kind: Any = AutoModelForCausalLM) -> tuple[str, Any, Any]:
 def encode(tokenizer: Any, chat: list[dict]) -> list[int]:
     bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
     text = bos + "\n".join([message["content"] for message in chat])
-    if True:
+    if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 

@@ -1,4 +1,4 @@
-"""RLHF: PPO's advantages, losses and optimum, scalar heads, rollouts, one update of each stage, and how they follow."""
+"""RLHF: PPO's advantages, losses and optimum, scalar heads, rollouts, one step of each stage, and how they follow."""
 
 import copy
 import math
@@ -18,12 +18,9 @@ PAIRS = [rlhf.Pair(i, "", prompt, answer, [1, 0], 1.0 if i % 2 else 0.3) for i, 
 FLAGS = {"kl_coef": 0.3, "missing_eos_score": -3.0, "gamma": 0.9, "seed": 5, "ppo_epochs": 3}
 FLAGS |= {"clip_range": 0.3, "value_clip_range": 0.1, "value_coef": 0.4}
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
+SCORER = {"head": "SequenceClassification", "num_labels": 1}
+TEMPLATE = (TOY / "policy/chat_template.jinja").read_text()
 micro_batches = pytest.mark.parametrize("run", [1, 30, 10_000], indirect=True)  # of one row, of some and of all
-
-
-@pytest.fixture
-def scorer(tiny_model):
-    return lambda family: tiny_model(family, "SequenceClassification", num_labels=1)
 
 
 @pytest.fixture
@@ -33,12 +30,11 @@ def run(tiny_model, tmp_path, request):
 
 
 @pytest.fixture
-def models(run, tiny_model, scorer):
+def models(run, tiny_model):
     """As PPO holds them, each with weights of its own, but without gradients."""
-    scorers = {"value_model": scorer("llama"), "reward_model": scorer("qwen3")}
-    others = {"policy": tiny_model(), "reference": tiny_model("llama-untied")}
-    models = {name: rlhf.load_scorer(run, path) for name, path in scorers.items()}
-    return models | {name: rlhf.load_model(run, path) for name, path in others.items()}
+    policy, reference = [rlhf.load_model(run, tiny_model(family)) for family in ("llama", "llama-untied")]
+    value_model, reward_model = [rlhf.load_scorer(run, tiny_model(family, **SCORER)) for family in ("llama", "qwen3")]
+    return {"policy": policy, "reference": reference, "value_model": value_model, "reward_model": reward_model}
 
 
 def plain(path):
@@ -54,12 +50,9 @@ def naive_logps(model, prompt, answer):
     return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
 
 
-def naive_score(model, prompt, answer):
-    return model(torch.tensor([prompt + answer])).logits[0, 0]
-
-
-def naive_values(model, prompt, answer):
-    return torch.stack([naive_score(model, prompt, answer[:t]) for t in range(len(answer))])
+def naive_scores(model, prompt, answer):
+    """Before each token of the answer, and behind the last one."""
+    return torch.stack([model(torch.tensor([prompt + answer[:t]])).logits[0, 0] for t in range(len(answer) + 1)])
 
 
 def naive_advantages(rewards, values, gamma, gae_lambda):
@@ -123,14 +116,14 @@ def test_losses_are_clipped():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_scores_are_those_of_the_model_itself(family, run, scorer):
+def test_scores_are_those_of_the_model_itself(family, run, tiny_model):
     """At each token, what the model says of the row up to there, alone; padding changes nothing."""
-    model, alone = rlhf.load_scorer(run, scorer(family)), plain(scorer(family))
+    path = tiny_model(family, **SCORER)
+    model, alone = rlhf.load_scorer(run, path), plain(path)
     scores, rewards = rlhf.token_scores(model, ROWS), rlhf.rewards_of(model, ROWS)
     for (prompt, answer), line, reward in zip(ROWS, scores, rewards, strict=True):
-        row = prompt + answer
-        expected = naive_values(alone, row[:1], [*row[1:], 0])
-        torch.testing.assert_close(line[: len(row)], expected, **CLOSE)
+        expected = naive_scores(alone, prompt[:1], prompt[1:] + answer)
+        torch.testing.assert_close(line[: len(expected)], expected, **CLOSE)
         torch.testing.assert_close(reward, expected[-1], **CLOSE)
 
 
@@ -144,9 +137,6 @@ def test_head_of_a_new_reward_model(tiny_model, tmp_path):
         heads.append(weights_of(folder)["score.weight"])
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].shape == (1, 512) and heads[0].std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
-
-
-TEMPLATE = (TOY / "policy/chat_template.jinja").read_text()
 
 
 @torch.no_grad()
@@ -168,7 +158,7 @@ def test_saved_reward_model_judges_as_it_was_trained(template, tiny_model, tmp_p
     for pair in rlhf.encode_rows(run, rows, "train"):
         assert pair.chosen_ids.index(0) == len(pair.chosen_ids) - 1
         text = run.tokenizer.decode(pair.chosen_ids, skip_special_tokens=True)
-        expected = naive_score(model, pair.prompt_ids, pair.chosen_ids).item()
+        expected = naive_scores(model, pair.prompt_ids, pair.chosen_ids)[-1].item()
         assert load_script("dpo").judge_text(judge, tokenizer, pair.prompt, text) == pytest.approx(expected, abs=1e-4)
 
 
@@ -188,9 +178,9 @@ def test_rollout(run, models, asked):
     assert asked == [[models["policy"], PROMPTS, 7, 1.0]]
     kls, scores, all_advantages = [], [], []
     for rollout, row in zip(rollouts, ROWS, strict=True):
-        logps, values = naive_logps(models["policy"], *row), naive_values(models["value_model"], *row) - 0.25
+        logps, values = naive_logps(models["policy"], *row), naive_scores(models["value_model"], *row)[:-1] - 0.25
         kls.append(logps - naive_logps(models["reference"], *row))
-        scores.append(naive_score(models["reward_model"], *row).item() - 0.25 if row[1][-1] == 0 else -3.0)
+        scores.append(naive_scores(models["reward_model"], *row)[-1].item() - 0.25 if 0 in row[1] else -3.0)
         rewards = [-0.3 * kl for kl in kls[-1].tolist()]
         rewards[-1] += scores[-1]
         all_advantages.append(torch.tensor(naive_advantages(rewards, values.tolist(), 0.9, 0.95)))
@@ -209,7 +199,8 @@ def test_rollout(run, models, asked):
 def test_shift_brings_the_reference_s_own_answers_to_0(run, models, asked):
     shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PROMPTS)
     assert asked == [[models["reference"], PROMPTS, run.args.seed, 1.0]]
-    assert sum(naive_score(models["reward_model"], *row).item() - shift for row in ROWS) == pytest.approx(0, abs=1e-4)
+    rewards = [naive_scores(models["reward_model"], *row)[-1].item() for row in ROWS]
+    assert sum(rewards) / 4 - shift == pytest.approx(0, abs=1e-5)
 
 
 @torch.no_grad()
@@ -224,9 +215,6 @@ def test_a_constant_in_both_scorers_changes_nothing(run, models, asked):
         losses, _ = rlhf.ppo_loss_of(run, models, shift, rollouts, metrics["response_length"])
         found.append([torch.cat([torch.cat([r.advantages, r.returns - r.values]) for r in rollouts]), losses])
     torch.testing.assert_close(*found, **CLOSE)
-
-
-# === One step of each stage ===
 
 
 @pytest.fixture
@@ -266,19 +254,19 @@ def test_step_of_the_reward_model(run, tiny_model, first_step):
     rlhf.train_reward_model(run, tiny_model(), PAIRS, PAIRS, 0)
     model, losses = plain(run.folder / "reward_model_init"), []
     for pair in PAIRS:
-        chosen, rejected = [naive_score(model, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+        chosen, rejected = [naive_scores(model, pair.prompt_ids, x)[-1] for x in (pair.chosen_ids, pair.rejected_ids)]
         likely, unlikely = (1 + (rejected - chosen).exp()).log(), (1 + (chosen - rejected).exp()).log()
         losses.append(pair.preference_prob * likely + (1 - pair.preference_prob) * unlikely)
     assert_step(first_step, losses, reward_model=model)
 
 
 @micro_batches
-def test_step_of_ppo(run, tiny_model, scorer, first_step, monkeypatch):
+def test_step_of_ppo(run, tiny_model, first_step, monkeypatch):
     """The mean over all tokens of the answers; the shift, 0.25, is taken from the values."""
-    policy, value_model = plain(tiny_model()), plain(scorer("llama"))
+    policy, value_model = plain(tiny_model()), plain(tiny_model(**SCORER))
     generator, rollouts, losses = torch.Generator().manual_seed(0), [], []
     for row in ROWS:
-        logps, values = naive_logps(policy, *row), naive_values(value_model, *row) - 0.25
+        logps, values = naive_logps(policy, *row), naive_scores(value_model, *row)[:-1] - 0.25
         noise, value_noise, advantages, returns = torch.randn(4, len(row[1]), generator=generator)
         old_logps, old_values = (logps + 0.3 * noise).detach(), (values + 0.3 * value_noise).detach()
         rollouts.append(rlhf.Rollout(0, *row, old_logps, old_values, advantages, returns))
@@ -289,11 +277,8 @@ def test_step_of_ppo(run, tiny_model, scorer, first_step, monkeypatch):
     metrics = {"response_length": len(losses) / len(ROWS), "kl": 0.0}
     monkeypatch.setattr(rlhf, "find_shift", lambda *args: 0.25)
     monkeypatch.setattr(rlhf, "roll_out", lambda *args: (rollouts, metrics))
-    rlhf.train_ppo(run, tiny_model(), scorer("llama"), PAIRS, PAIRS, 0)
+    rlhf.train_ppo(run, tiny_model(), tiny_model(**SCORER), PAIRS, PAIRS, 0)
     assert_step(first_step, losses, updates=3, policy=policy, value_model=value_model)
-
-
-# === Runs ===
 
 
 def metrics_of(model, folder, **changes):
@@ -328,11 +313,11 @@ def test_stages_start_from_each_other_s_results(tiny_model, monkeypatch, tmp_pat
     assert ["eval/kl" in row for row in rows] == [True, True, False, False, True]
 
 
-EXISTING = {"sft_epochs": 0, "reward_model_name_or_path": str(TOY / "judge")}
-BFLOAT16, LORA = {"dtype": "bfloat16"}, {"lora_rank": 2}
+CHANGES = [{}, {"dtype": "bfloat16"}, {"lora_rank": 2}, {"dtype": "bfloat16", "lora_rank": 2}]
+CHANGES += [{"sft_epochs": 0, "reward_model_name_or_path": str(TOY / "judge")}]
 
 
-@pytest.mark.parametrize("changes", [{}, BFLOAT16, LORA, BFLOAT16 | LORA, EXISTING], ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=["float32", "bfloat16", "LoRA", "LoRA in bfloat16", "PPO alone"])
 def test_first_answers_have_no_kl_and_a_ratio_of_exactly_1(changes, tiny_model, tmp_path):
     first, second = metrics_of(tiny_model(), tmp_path, micro_batch_tokens=100, **changes)[-2:]
     assert first["train/kl"] == 0 and second["train/kl"] != 0
@@ -359,8 +344,8 @@ def test_lora(tiny_model, data, tmp_path):
     sft, reward_model = map(plain, folders)
     pairs = rlhf.load_pairs(start("rlhf_ppo", tiny_model(), dataset_name=str(data)))[1]
     loss = -torch.cat([naive_logps(sft, pair.prompt_ids, pair.chosen_ids) for pair in pairs]).mean().item()
-    chosen = sum(naive_score(reward_model, pair.prompt_ids, pair.chosen_ids).item() for pair in pairs)
-    rejected = sum(naive_score(reward_model, pair.prompt_ids, pair.rejected_ids).item() for pair in pairs)
+    chosen = sum(naive_scores(reward_model, pair.prompt_ids, pair.chosen_ids)[-1].item() for pair in pairs)
+    rejected = sum(naive_scores(reward_model, pair.prompt_ids, pair.rejected_ids)[-1].item() for pair in pairs)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert loss == pytest.approx(rows[5]["eval/loss"], rel=1e-4) and loss < rows[0]["eval/loss"] - 0.01
     assert (chosen - rejected) / len(pairs) == pytest.approx(rows[10]["eval/reward_model/rewards/margins"], rel=1e-3)

@@ -136,7 +136,10 @@ def test_adapter_of_a_run_answers_as_the_merged_model(tiny_model, tmp_path):
 
 
 def test_judge_and_win_rate(tiny_model, tmp_path, capsys):
-    flags = {"compare": tiny_model(), "judge": str(TOY / "judge"), "max_new_tokens": 20}
+    shutil.copytree(TOY / "judge", tmp_path / "judge")
+    config = json.loads((TOY / "judge" / "config.json").read_text())
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(config | {"pad_token_id": 0}))  # the stop token, as many
+    flags = {"compare": tiny_model(), "judge": str(tmp_path / "judge"), "max_new_tokens": 20}
     tables = [answer_rows(tmp_path, TOY / "policy", [{"prompt": prompt} for prompt in PROMPTS], **flags)]
     tables.append(json.loads((tmp_path / "out" / "answers.compare.json").read_text()))
     scores = []
