@@ -19,8 +19,8 @@ FORMS = [
     {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WORSE]},
     {"prompt": "How was it?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WORSE]},  # UltraFeedback
 ]
-BAD_ROWS = [{"prompt": "So:"}, {"prompt": "So:", "response": "Yes."}, {"prompt": "So:", "completion": ""}]
-BAD_ROWS += [{"messages": [QUESTION]}, {"prompt": [QUESTION], "completion": "Great."}, {"chosen": [ANSWER]}]
+BAD_ROWS = [{"prompt": "So:"}, {"prompt": "", "completion": "Yes."}, {"messages": [QUESTION]}, {"chosen": [ANSWER]}]
+BAD_ROWS += [{"prompt": [QUESTION], "completion": text} for text in ("Yes.", [ANSWER | {"content": ""}])]
 
 
 @torch.no_grad()
@@ -78,8 +78,7 @@ def test_iterations_on_a_bandit(beta):
 def test_the_distribution_of_the_data_is_the_fixed_point():
     truth = torch.tensor([3.0, -1, 0, 2], dtype=torch.float64).log_softmax(-1)
     theta = truth.clone().requires_grad_()
-    loss = expected_loss(truth, truth, 0.3)(theta)
-    loss.backward()
+    (loss := expected_loss(truth, truth, 0.3)(theta)).backward()
     assert loss.item() == pytest.approx(math.log(2)) and theta.grad.abs().max() < 1e-12
 
 
@@ -87,15 +86,18 @@ def test_forms_of_rows():
     """The truth is the one answer of them all; no other answer is read."""
     run = start("spin", TOY / "policy")
     strings = {"prompt": "<|user|>How was it?<|assistant|>", "completion": "Great."}
-    for pair in spin.encode_rows(run, [strings, *FORMS], "train"):
+    talk = [QUESTION, WORSE, QUESTION, ANSWER]
+    *pairs, last = spin.encode_rows(run, [strings, *FORMS, {"messages": talk}], "train")
+    for pair in pairs:
         texts = run.tokenizer.batch_decode([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
         assert texts == ["<|user|>How was it?<|assistant|>", "Great.<|end|>", "<|end|>"]
         assert pair.prompt == ([QUESTION] if pair.row > 0 else strings["prompt"])
+    assert last.prompt == talk[:3] and last.chosen_ids == pairs[0].chosen_ids
 
 
 @pytest.mark.parametrize("row", BAD_ROWS, ids=str)
 def test_bad_rows_end_the_run(row):
-    with pytest.raises(SystemExit, match="^error: row 1 of split test .*messages that end with an answer"):
+    with pytest.raises(SystemExit, match="^error: row 1 of split test"):
         spin.encode_rows(start("spin", TOY / "policy"), [FORMS[0], row], "test")
 
 
@@ -103,7 +105,7 @@ def test_bad_rows_end_the_run(row):
 def played(data):
     run = start("spin", TOY / "policy", max_new_tokens=20, prompts_per_iteration=5)
     truths = spin.encode_rows(run, read_rows(data / "train.jsonl")[:8], "train")
-    return run, spin.load_model(run, run.args.model_name_or_path), truths
+    return run, spin.load_model(run, str(TOY / "policy")), truths
 
 
 def test_pairs_of_an_iteration(played):
@@ -128,8 +130,7 @@ def test_empty_answers_and_the_truth_itself_are_left_out(played, monkeypatch):
     drawn = [pair.row for pair in spin.play_train(run, opponent, truths, [], seed=4)]
     answers = [[0], truths[drawn[1]].chosen_ids, [9, 0], run.tokenizer(" ").input_ids + [0], [9]]
     monkeypatch.setattr(spin, "generate", lambda *_, **options: answers)
-    pairs = spin.play_train(run, opponent, truths, truths[:1], seed=4)
-    assert [pair.row for pair in pairs] == [drawn[2], drawn[4], 0]
+    assert [pair.row for pair in spin.play_train(run, opponent, truths, truths[:1], 4)] == [drawn[2], drawn[4], 0]
     monkeypatch.setattr(spin, "generate", lambda *args, **options: [[0]] * 5)
     with pytest.raises(SystemExit, match="^error: the policy's answers are empty"):
         spin.play_train(run, opponent, truths, truths[:1], seed=4)
@@ -163,8 +164,7 @@ def test_a_run(data, tmp_path, monkeypatch):
 
 def test_defaults(tiny_model):
     """Betas, rates and prompts for a real model are those of the authors' scripts."""
-    names = ["beta", "learning_rate", "prompts_per_iteration"]
     runs = start("spin", tiny_model()), start("spin", tiny_model(), lora_rank=2), start("spin", TOY / "policy")
-    real, lora, toy = [[getattr(run.args, name) for name in names] for run in runs]
-    assert real == [[0.1, 0.1, 0.1, 5], [5e-7, 5e-7, 1e-7, 1e-7], 50_000]
-    assert lora[1] == [5e-6, 5e-6, 1e-6, 1e-6] and toy == [[1], [3e-4], 2000]
+    real, lora, toy = [(run.args.beta, run.args.learning_rate, run.args.prompts_per_iteration) for run in runs]
+    assert real == ([0.1, 0.1, 0.1, 5], [5e-7, 5e-7, 1e-7, 1e-7], 50_000)
+    assert lora[1] == [5e-6, 5e-6, 1e-6, 1e-6] and toy == ([1], [3e-4], 2000)

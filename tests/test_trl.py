@@ -113,6 +113,22 @@ def test_stage_2_of_pre_dpo(tiny_model, tmp_path):
     assert_equal(ours, theirs)
 
 
+def test_kto(tiny_model, tmp_path):
+    """With one micro-batch a step, in which TRL takes its z0, too."""
+    path, (flags, options) = tiny_model(), settings(8, tmp_path, beta=0.3, precompute_ref_log_probs=True)
+    ours, _ = run_ours("kto", path, tmp_path, beta=0.3, **flags)
+    script, rows = load_script("kto"), []
+    for pair in text_pairs(8):  # in the order of make_examples
+        for answer, label in ((pair["chosen"], True), (pair["rejected"], False)):
+            rows.append({"prompt": pair["prompt"], "completion": answer, "label": label})
+    args = script.Args(batch_size=8, num_train_epochs=3, max_steps=3)
+    order = [rows[i] for batch in script.plan_batches(args, 16) for i in batch]
+    theirs = run_theirs(trl.KTOTrainer, trl.KTOConfig(**options), load(path), order)[1]
+    assert_equal(ours, theirs, OF_SFT)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["train/z0"] == pytest.approx(float(b["kl"]), rel=1e-4, abs=1e-6)
+
+
 def test_sft_of_rlhf(tiny_model, tmp_path):
     path, (flags, options) = tiny_model(), settings(4, tmp_path, adam_epsilon=1e-5, completion_only_loss=True)
     stage = {"sft_epochs": 3, "sft_learning_rate": flags.pop("learning_rate")}
