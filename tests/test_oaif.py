@@ -108,8 +108,7 @@ def test_principles_are_averaged(monkeypatch, tmp_path):
     """Over the lines of the file; the request is a string, a message, or the conversation so far."""
     (tmp_path / "principles.txt").write_text("Be kind.\n\nBe brief.\n")
     run, requests = start("oaif", TOY / "policy", principles=str(tmp_path / "principles.txt")), []
-    odds = {"Be kind.": 1.0, "Be brief.": -3.0}
-    reply(monkeypatch, lambda instruction, request, *_: requests.append(request) or odds[instruction])
+    reply(monkeypatch, lambda text, request, *_: requests.append(request) or (1.0 if text == "Be kind." else -3.0))
     turns = [*HOTEL, {"role": "assistant", "content": "It was great."}, {"role": "user", "content": "Why?"}]
     orders = oaif.annotate(run, oaif.load_annotator(run), ["Film?", HOTEL, turns], ["a"] * 3, ["b"] * 3)
     mean = (sigmoid(1) + sigmoid(-3)) / 2
@@ -127,9 +126,12 @@ def test_the_annotator_of_the_test_bed_does_as_it_is_told(instruction):
 
 
 @torch.no_grad()
-def test_a_reward_model_as_annotator():
-    """By Bradley-Terry: the sigmoid of the difference of the scores."""
-    run = start("oaif", TOY / "policy", annotator_name_or_path=str(TOY / "judge"))
+def test_a_reward_model_as_annotator(tmp_path):
+    """By Bradley-Terry: the sigmoid of the difference of the scores, read at the last token, a padding token or not."""
+    folder = shutil.copytree(TOY / "judge", tmp_path / "judge")
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = start("oaif", TOY / "policy", annotator_name_or_path=str(folder))
     annotator, judge = oaif.load_annotator(run), load_float32(TOY / "judge", "SequenceClassification")
     texts = [f"<|user|>Review the hotel Blue Crown.<|assistant|>{answer}<|end|>" for answer in (GOOD, BAD)]
     good, bad = [judge(torch.tensor([annotator.tokenizer.encode(text)])).logits.item() for text in texts]
@@ -164,17 +166,15 @@ def test_pairs(tmp_path, monkeypatch):
     assert metrics["cut_answers"] == pytest.approx(4 / 14) and metrics["equal_answers"] == pytest.approx(1 / 7)
     assert metrics["order_agreement"] == pytest.approx(6 / 7)  # all but the one that was cut off twice
     assert metrics["preference"] == pytest.approx(sum(columns[4]) / 7)
-    for side in ("chosen", "rejected"):
-        lengths = [len(getattr(pair, f"{side}_ids")) for pair in pairs]
-        assert metrics[f"{side}_length"] == pytest.approx(sum(lengths) / 7)
+    assert metrics["chosen_length"] == pytest.approx(sum([len(pair.chosen_ids) for pair in pairs]) / 7)
+    assert metrics["rejected_length"] == pytest.approx(sum([len(pair.rejected_ids) for pair in pairs]) / 7)
 
     written = read_rows(tmp_path / "annotated.jsonl")
     assert [row["annotator_prob"] for row in written] == pytest.approx(columns[4][:2])
     read_by_dpo = load_script("dpo").encode_rows(start("dpo", TOY / "policy"), written, "train")
     assert list(map(asdict, pairs[:2])) == list(map(asdict, read_by_dpo))
 
-    losses, _ = oaif.compute_loss(oaif.forward(policy, [pairs[5]]), "ipo", 1.0)
-    losses.sum().backward()
+    oaif.compute_loss(oaif.forward(policy, [pairs[5]]), "ipo", 1.0)[0].sum().backward()
     assert all(weight.grad.abs().max() < 1e-6 for weight in policy.parameters())
 
 
