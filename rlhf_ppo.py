@@ -650,7 +650,7 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
     with inference(model):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         if RANK == 0:
-            tensors = {name: tensors[name] for name in names if name in tensors}
+            tensors = {name: tensors[name].to("cpu", copy=True) for name in names if name in tensors}
             model.save_pretrained(folder, state_dict=tensors)
             run.tokenizer.save_pretrained(folder)
 
@@ -765,9 +765,10 @@ def token_scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.T
     found = []  # by a hook, because the model itself gives the score of one token alone
     hook = model.score.register_forward_hook(lambda module, inputs, output: found.append(output))
     input_ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)
-    model(input_ids=input_ids.to(DEVICE), use_cache=False)
+    output = model(input_ids=input_ids.to(DEVICE), use_cache=False)
     hook.remove()
-    return found[0].squeeze(-1).float()
+    # FSDP gathers the root's weights for the backward pass only if a gradient reaches the model's own output.
+    return found[0].squeeze(-1).float() + 0 * output.logits.sum()
 
 
 def rewards_of(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:

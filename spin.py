@@ -611,7 +611,7 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
     with inference(model):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         if RANK == 0:
-            tensors = {name: tensors[name] for name in names if name in tensors}
+            tensors = {name: tensors[name].to("cpu", copy=True) for name in names if name in tensors}
             model.save_pretrained(folder, state_dict=tensors)
             run.tokenizer.save_pretrained(folder)
 
