@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DPO_AND_SLOWLY_THE_OTHERS, ROOT, SCRIPTS, load_script, run_script
+from conftest import ROOT, SCRIPTS, load_script, run_script
 
 LINES = {"dpo": 650, "ipo": 650, "simpo": 650, "pre_dpo": 780, "spin": 780, "kto": 780, "oaif": 780, "rlhf_ppo": 1000}
 CHANGED = {"pre_dpo": 140, "spin": 160, "oaif": 210}
@@ -132,7 +132,9 @@ def test_every_flag_is_read_explained_and_never_set(name):
         assert re.search(rf"^    {flag}: .*  # \w", text, re.M), flag
 
 
-@pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
+@pytest.mark.parametrize(
+    "name", ["dpo", *[pytest.param(name, marks=pytest.mark.slow) for name in ("spin", "rlhf_ppo")]]
+)
 def test_help_of_a_copy_has_the_methods_flags_first(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     ended = run_script(f"{name}.py", "--help", cwd=tmp_path)

@@ -13,7 +13,6 @@ import transformers
 from conftest import (
     DPO_AND_SLOWLY_THE_OTHERS,
     ROOT,
-    SCRIPTS,
     TOY,
     finish,
     load_script,
@@ -33,8 +32,6 @@ OWN_FLAGS["rlhf_ppo"] = ["--rollouts-per-step", "8", "--ppo-epochs", "2"]
 STAGES = dict.fromkeys(["dpo", "ipo", "simpo", "oaif"], [6]) | {"kto": [10], "pre_dpo": [6, 6], "spin": [4, 6]}
 STAGES["rlhf_ppo"] = [3, 3, 6]
 SLOW = pytest.mark.slow
-LORA = pytest.param(["--lora-rank", "4"], marks=SLOW, id="lora")
-with_and_without_lora = pytest.mark.parametrize("more", [pytest.param([], id="full"), LORA])
 
 
 def flags_of(name, data):
@@ -120,9 +117,13 @@ def test_a_run(name, data, tmp_path):
     assert any(not torch.equal(model[key], initial[key].float()) for key in initial)
 
 
-@with_and_without_lora
 @pytest.mark.parametrize(
-    "name", [n for n in DPO_AND_SLOWLY_THE_OTHERS if "rlhf" not in str(n) and "oaif" not in str(n)]
+    "name, more",
+    [
+        ("dpo", []),
+        *[pytest.param(name, [], marks=SLOW) for name in ("ipo", "simpo", "pre_dpo", "spin", "kto")],
+        pytest.param("dpo", ["--lora-rank", "4"], marks=SLOW),
+    ],
 )
 def test_two_processes_give_what_one_gives(name, more, data, folders):
     """Of spin.py up to its second iteration: rounding may change a sampled token."""
@@ -135,8 +136,9 @@ def test_two_processes_give_what_one_gives(name, more, data, folders):
 
 
 @SLOW
-@with_and_without_lora
-@pytest.mark.parametrize("name", ["spin", "oaif", "rlhf_ppo"])
+@pytest.mark.parametrize(
+    "name, more", [("spin", []), ("oaif", []), ("rlhf_ppo", []), ("rlhf_ppo", ["--lora-rank", "4"])]
+)
 def test_two_processes_that_sample(name, more, data, folders):
     """What precedes the first sampled answer is equal, and the rest as sound as with one process."""
     finish(name, folders("one"), *flags_of(name, data), *more)
@@ -213,7 +215,7 @@ def test_reward_model_of_two_processes_goes_on_after_an_evaluation(at, data, fol
 
 
 @SLOW
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["dpo", "pre_dpo", "spin", "kto", "oaif", "rlhf_ppo"])
 def test_mixed_precision_on_two_processes(name, data, tmp_path):
     """bfloat16 as on a GPU, with adapters: the first numbers are exact, and the run ends well."""
     flags = [*flags_of(name, data), "--dtype", "bfloat16", "--lora-rank", "4", "--gradient-checkpointing"]
@@ -254,6 +256,12 @@ def test_changed_data_are_refused(data, tmp_path):
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
     changed = run_script(ROOT / "dpo.py", "--output-dir", tmp_path / "run", "--resume")
     assert changed.returncode == 1 and "has changed since the run" in changed.stderr
+
+
+def test_files_in_a_folder_without_a_run_are_left_alone(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("mine")
+    load_script("dpo").open_folder(start("dpo", TOY / "policy", output_dir=str(tmp_path)), [])
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
 RATES = {"kto": 5e-6, "ipo": 5e-7, "dpo": 5e-7, "simpo": 1e-6, "pre_dpo": 6e-7, "oaif": 5e-7, "rlhf_ppo": 3e-6}
