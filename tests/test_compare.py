@@ -14,6 +14,7 @@ from conftest import ROOT, load_script, write_rows
 
 compare = load_script("benchmarks/compare")
 RESULTS = ROOT / "benchmarks" / "results.json"
+pytestmark = pytest.mark.slow
 
 
 def write_run(folder, evals, extra=None, flags=None):

@@ -238,6 +238,7 @@ def check_mixed_precision(name, rows, screen):
         assert "kl 0.0, |ratio - 1| 0.0" in screen
 
 
+@SLOW
 def test_gradient_checkpointing_changes_nothing(data, folders):
     flags = [*flags_of("dpo", data), "--max-steps", "2"]
     finish("dpo", folders("plain"), *flags)
