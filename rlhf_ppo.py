@@ -947,12 +947,12 @@ def main(args: Args) -> None:
     args = run.args
     train_pairs, test_pairs = load_pairs(run)
     open_folder(run, train_pairs + test_pairs)
-    sft_path, step = train_sft(run, train_pairs, test_pairs)
     reward_path = args.reward_model_name_or_path
+    if reward_path and AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
+        sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
+    sft_path, step = train_sft(run, train_pairs, test_pairs)
     if reward_path is None:
         reward_path, step = train_reward_model(run, sft_path, train_pairs, test_pairs, step)
-    elif AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
-        sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
     policy = train_ppo(run, sft_path, reward_path, train_pairs, test_pairs, step)
     # endregion
     finish_run(run, policy)
