@@ -234,7 +234,7 @@ def cut_answer(ids: list[int], stop_ids: list[int]) -> list[int]:
 def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
     """Indices of the pairs of each optimiser step, in an order that depends on the seed and the epoch alone."""
     if args.batch_size % WORLD_SIZE != 0:
-        sys.exit(f"error: --batch-size {args.batch_size} does not divide by the {WORLD_SIZE} devices")
+        sys.exit(f"error: a step of {args.batch_size} does not divide by the {WORLD_SIZE} devices")
     batches, usable = [], num_pairs - num_pairs % WORLD_SIZE  # devices need equal shares: the rest is left out
     for epoch in range(args.num_train_epochs):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
@@ -258,10 +258,10 @@ def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
 
 def gather(share: dict[int, Any]) -> list:
     """The items of all processes, each of which holds some, in the order of their keys."""
-    shares = [None] * WORLD_SIZE
-    dist.all_gather_object(shares, share)
-    items = ChainMap(*shares)
-    return [items[key] for key in sorted(items)]
+    shares = [share] * WORLD_SIZE
+    if WORLD_SIZE > 1:  # alone, gloo's thread would only start a pool of threads that slow down all others
+        dist.all_gather_object(shares, share)
+    return [item for _, item in sorted(ChainMap(*shares).items())]
 
 
 def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable: bool = False) -> Any:

@@ -845,7 +845,7 @@ def annotator_pair(tokenizer, rng, samples):
 
 
 def annotator_loss(model, heads, tokenizer, batch):
-    """Verdict and EOS, and two auxiliary regressions half-way up, which are thrown away afterwards."""
+    """Verdict and EOS, and two auxiliary regressions one and two layers below, which are thrown away afterwards."""
     rows = [row for pair in batch for row in pair]
     one, two = encode(tokenizer, "12")
     ends = torch.tensor([len(ids) - 1 for ids, _, _ in rows])
@@ -859,16 +859,16 @@ def annotator_loss(model, heads, tokenizer, batch):
     after = model.lm_head(hidden[-1][row, ends + 1]).float().log_softmax(-1)
     loss = loss - 0.1 * after[:, tokenizer.eos_token_id].mean()
     target = torch.tensor([aux + [NOTHING[:4]] * (x.shape[1] - len(aux)) for _, _, aux in rows])
-    return (loss, masked_mse(heads[0](hidden[3]), target[..., :2]), masked_mse(heads[1](hidden[4]), target[..., 2:]))
+    return (loss, masked_mse(heads[0](hidden[-3]), target[..., :2]), masked_mse(heads[1](hidden[-2]), target[..., 2:]))
 
 
-def build_annotator(folder, steps=900):
+def build_annotator(folder, steps=900, layers=5):
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     policy = load(AutoModelForCausalLM, folder / "policy")
     rng = random.Random(SEED + 3)
     samples = sampled_reviews(policy, tokenizer, 400, 4000, (0.8, 1.0, 1.0, 1.2))
-    model = causal_lm(tokenizer, layers=5)
-    model.load_state_dict(policy.state_dict(), strict=False)  # the fifth layer starts afresh
+    model = causal_lm(tokenizer, layers)
+    model.load_state_dict(policy.state_dict(), strict=False)  # layers that the policy does not have start afresh
     heads = torch.nn.ModuleList([torch.nn.Linear(128, 2), torch.nn.Linear(128, 2)])
     data = mixed_batches(lambda: annotator_pair(tokenizer, rng, samples), steps, 32, lambda pair: len(pair[0][0]))
     parameters = [*model.parameters(), *heads.parameters()]
