@@ -488,6 +488,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
         means["win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / math.sqrt(len(rows))
     append_rows(file, rows)
+    wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
     for name in list(rows[0])[3:]:  # behind step, prompt and response
         means[name] = statistics.fmean([row[name] for row in rows])
     return {f"eval/{name}": value for name, value in means.items()}
@@ -505,8 +506,7 @@ def read_rows(file: Path, step: int) -> list[dict]:
 def log(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Write the metrics of a step, and show those of an evaluation."""
     append_rows(run.folder / "metrics.jsonl", [{"step": step} | metrics])
-    if wandb.run:
-        wandb.log(metrics, step=step)
+    wandb.log(metrics, step=step)
     names = ["loss", "rewards/accuracies", "judge_score", "win_rate", "kl", "response_length", "eos_rate"]
     shown = [f"{name} {metrics[f'eval/{name}']:.3f}" for name in names if f"eval/{name}" in metrics]
     if shown:
@@ -592,9 +592,9 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         sys.exit(f"error: {run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     if stored and stored["data"] != record["data"]:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
+    mode = None if run.args.track and RANK == 0 else "disabled"
+    wandb.init(id=run.folder.name, resume="allow", config=record, mode=mode)  # first: a failed login leaves no folder
     if RANK == 0:
-        if run.args.track:  # before the folder is made: a failed login leaves nothing behind
-            wandb.init(id=run.folder.name, resume="allow", config=record)
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run.folder)
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)

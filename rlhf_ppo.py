@@ -523,6 +523,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
         means["win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / math.sqrt(len(rows))
     append_rows(file, rows)
+    wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
     for name in list(rows[0])[3:]:  # behind step, prompt and response
         means[name] = statistics.fmean([row[name] for row in rows])
     return {f"eval/{name}": value for name, value in means.items()}
@@ -540,8 +541,7 @@ def read_rows(file: Path, step: int) -> list[dict]:
 def log(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Write the metrics of a step, and show those of an evaluation."""
     append_rows(run.folder / "metrics.jsonl", [{"step": step} | metrics])
-    if wandb.run:
-        wandb.log(metrics, step=step)
+    wandb.log(metrics, step=step)
     names = ["loss", "rewards/accuracies", "judge_score", "win_rate", "kl", "response_length", "eos_rate"]
     shown = [f"{name} {metrics[f'eval/{name}']:.3f}" for name in names if f"eval/{name}" in metrics]
     if shown:
@@ -627,9 +627,9 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         sys.exit(f"error: {run.folder} holds a run: go on with it by --resume, or name another --output-dir")
     if stored and stored["data"] != record["data"]:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
+    mode = None if run.args.track and RANK == 0 else "disabled"
+    wandb.init(id=run.folder.name, resume="allow", config=record, mode=mode)  # first: a failed login leaves no folder
     if RANK == 0:
-        if run.args.track:  # before the folder is made: a failed login leaves nothing behind
-            wandb.init(id=run.folder.name, resume="allow", config=record)
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run.folder)
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
@@ -743,13 +743,20 @@ def add_head(run: Run, path: str) -> str:
     return str(folder)
 
 
-def judge_tokenizer(run: Run) -> Any:
-    """To save with the reward model: its template ends with the stop token, behind which some write a newline."""
-    tokenizer = AutoTokenizer.from_pretrained(run.args.model_name_or_path)
-    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
-    if tokenizer.chat_template:
-        template = "{% set text %}" + tokenizer.chat_template + "{% endset %}{{ text | trim }}"
-    tokenizer.chat_template = template
+def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
+    """To save with the reward model: its chat template writes what the model was trained on, up to the stop token."""
+    tokenizer, answer = AutoTokenizer.from_pretrained(run.args.model_name_or_path), ""
+    if isinstance(prompt, str):
+        template = render(tokenizer, "")[0] + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    else:
+        template, answer = (
+            tokenizer.chat_template,
+            render(tokenizer, prompt, [{"role": "assistant", "content": "."}])[1],
+        )
+    ids = tokenizer(answer, add_special_tokens=False).input_ids + run.stop_ids[:1]  # as in encode_rows
+    stop = tokenizer.convert_ids_to_tokens(cut_answer(ids, run.stop_ids)[-1])
+    ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more behind it, or none
+    tokenizer.chat_template = "{% set text %}" + template + "{% endset %}" + ending
     return tokenizer
 
 
@@ -805,7 +812,7 @@ def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[
     adamw = {"lr": args.reward_learning_rate, "eps": ADAM_EPS}
     step = train(run, {"reward_model": model}, gradients_of, len(batches), adamw, measure, start)
     kind = AutoModelForSequenceClassification
-    return save_stage(run, model, kind, path, judge_tokenizer(run), "reward_model"), step
+    return save_stage(run, model, kind, path, judge_tokenizer(run, pairs[0].prompt), "reward_model"), step
 
 
 # --- Stage 3: PPO ---

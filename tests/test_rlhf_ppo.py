@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import TOY, finish, load_script, read_rows, start, text_pairs, weights_of, write_rows
@@ -140,20 +141,31 @@ def test_head_of_a_new_reward_model(tiny_model, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("<|end|>", "<|end|>\\n"), None])
-def test_saved_reward_model_judges_as_it_was_trained(template, tiny_model, tmp_path):
-    """As any script's judge, it gives the score of the token that ends the answer, a line break behind it or not."""
+@pytest.mark.parametrize("bos", [False, True], ids=["without BOS", "with BOS"])
+@pytest.mark.parametrize(
+    "form", [None, "<|end|>", "<|end|>\\n", ""], ids=["text", "chat", "line break", "no stop token"]
+)
+def test_saved_reward_model_judges_as_it_was_trained(form, bos, tiny_model, tmp_path):
+    """As any script's judge, it gives the score of the token that ends the answer, whatever the template ends with."""
     policy = shutil.copytree(tiny_model(), tmp_path / "policy")
-    (policy / "chat_template.jinja").unlink()
-    if template:
-        (policy / "chat_template.jinja").write_text(template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", form or "<|end|>")
+    if bos:
+        tokenizer.bos_token, number = "<|system|>", tokenizer.convert_tokens_to_ids("<|system|>")
+        first = tokenizers.processors.TemplateProcessing(
+            single="<|system|> $A", special_tokens=[("<|system|>", number)]
+        )
+        tokenizer.backend_tokenizer.post_processor = first
+    tokenizer.save_pretrained(policy)
     run, rows = start("rlhf_ppo", policy, output_dir=str(tmp_path)), text_pairs(4)
-    for row in rows if template else []:
+    for row in rows if form is not None else []:
         for part in ("prompt", "chosen", "rejected"):
             row[part] = [{"role": "user" if part == "prompt" else "assistant", "content": row[part]}]
     model = rlhf.load_scorer(run, rlhf.add_head(run, str(policy)))
     kind = transformers.AutoModelForSequenceClassification
-    folder = rlhf.save_stage(run, model, kind, str(policy), rlhf.judge_tokenizer(run), "reward_model")
+    folder = rlhf.save_stage(
+        run, model, kind, str(policy), rlhf.judge_tokenizer(run, rows[0]["prompt"]), "reward_model"
+    )
     judge, tokenizer = plain(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for pair in rlhf.encode_rows(run, rows, "train"):
         assert pair.chosen_ids.index(0) == len(pair.chosen_ids) - 1
@@ -323,6 +335,14 @@ def test_first_answers_have_no_kl_and_a_ratio_of_exactly_1(changes, tiny_model, 
     first, second = metrics_of(tiny_model(), tmp_path, micro_batch_tokens=100, **changes)[-2:]
     assert first["train/kl"] == 0 and second["train/kl"] != 0
     assert first["train/ratio_error"] == second["train/ratio_error"] == 0  # of the only update of each step
+
+
+def test_each_step_has_its_own_luck(tiny_model, tmp_path):
+    """Of answers to prompts that are all the same, by a policy that stays the same."""
+    write_rows(tmp_path / "same.jsonl", [text_pairs(1)[0] | {"chosen": f"It was great {i}."} for i in range(24)])
+    changes = {"dataset_name": str(tmp_path / "same.jsonl"), "sft_epochs": 0, "learning_rate": 0.0}
+    first, second = metrics_of(tiny_model(), tmp_path, reward_model_name_or_path=str(TOY / "judge"), **changes)[-2:]
+    assert first["train/kl"] == second["train/kl"] == 0 and first["train/entropy"] != second["train/entropy"]
 
 
 def test_reward_models_of_another_vocabulary_are_refused(tiny_model, tmp_path):
