@@ -152,7 +152,7 @@ def claims(runs: dict) -> list[Claim]:
         ),
         Claim(
             "On deterministic preferences DPO's margin grows on, and IPO's does not",
-            "256 pairs with the judge's own labels, twenty passes at a constant learning rate. DPO's loss has its "
+            "128 pairs with the judge's own labels, twenty passes at a constant learning rate. DPO's loss has its "
             "minimum at an infinite margin, IPO's at 1 / (2 beta) nats. Compared is how much the mean margin of the "
             "training pairs grows from passes 6 to 10 to passes 16 to 20.",
             [
@@ -229,8 +229,7 @@ def tuned_table(results: dict) -> str:
     runs, rows = results["runs"], []
     for name, method in METHODS.items():
         rate, strength = compare.tuned(runs, name)
-        seeds = SEEDS[:3] if name == "kto" else SEEDS
-        records = [runs[compare.tuned_run(runs, name, seed)] for seed in seeds]
+        records = [runs[compare.tuned_run(runs, name, seed)] for seed in SEEDS]
         flags = f"{rate:g}, {method.strength.removeprefix('--')} {strength:g}"
         rows.append(
             [method.title, flags, *numbers(records), f"{seconds_of(results, name):.0f}", f"{DRAWN.get(name, 0):,}"]
@@ -239,16 +238,10 @@ def tuned_table(results: dict) -> str:
 
 
 def seconds_of(results: dict, name: str) -> float:
-    """Of a run with two evaluations, mean over the strengths; PPO's with that of its reward model."""
-    runs, seconds = results["runs"], []
-    rate, _ = compare.tuned(runs, name)
-    for strength in METHODS[name].values:
-        for seed in SEEDS[:2]:
-            command = compare.method_run(runs, name, rate, strength, seed)
-            if "--eval-steps 1000" in command:
-                seconds.append(runs[command]["seconds"])
-    reward_model = results["builds"]["reward-1"]["seconds"] if name == "ppo" else 0
-    return statistics.mean(seconds) + reward_model
+    """Of a run with two evaluations, mean over the tuning; PPO's with that of its reward model."""
+    runs = results["runs"]
+    seconds = statistics.mean([runs[command]["seconds"] for command in compare.tuning_runs(runs, name).values()])
+    return seconds + (results["builds"]["reward-0"]["seconds"] if name == "ppo" else 0)
 
 
 def default_table(runs: dict) -> str:
@@ -303,15 +296,17 @@ def claim_texts(runs: dict) -> tuple[str, str, int]:
     return table(["claim", "verdict"], rows), "\n".join(paragraphs), len(found)
 
 
+def strengths(runs: dict, name: str) -> dict[float, dict]:
+    """By strength, the records of a method's tuning at the best learning rate."""
+    rate, _ = compare.tuned(runs, name)
+    found = compare.tuning_runs(runs, name)
+    return {strength: runs[found[rate, strength]] for strength in sorted(METHODS[name].values)}
+
+
 def spin_table(runs: dict) -> str:
-    """Means of two seeds."""
-    rows, (rate, _) = [], compare.tuned(runs, "spin")
-    for beta in METHODS["spin"].values:
-        courses = []
-        for seed in SEEDS[:2]:
-            evals = runs[compare.method_run(runs, "spin", rate, beta, seed)]["evals"]
-            courses.append([row["judge_score"] for row in evals])
-        rows.append([f"{beta:g}", *[f"{score:.2f}" for score in np.mean(courses, axis=0)]])
+    rows = []
+    for beta, record in strengths(runs, "spin").items():
+        rows.append([f"{beta:g}", *[f"{row['judge_score']:.2f}" for row in record["evals"]]])
     return table(["beta", "before", "iteration 1", "iteration 2", "iteration 3"], rows)
 
 
@@ -348,14 +343,14 @@ prompts. Seconds are those of a whole run on one core, evaluation included.
 ## The methods, tuned
 
 Each method had the same small budget: three learning rates and three strengths ([below](#tuning)), chosen by the
-judge's score on other prompts and another seed. All start from the initial policy. Five seeds (KTO: three).
+judge's score on other prompts and another seed. All start from the initial policy. Five seeds.
 
 {tuned}
 *Answers drawn* are those that the policy wrote to be trained on; OAIF also asks its annotator about each pair of them.
 
 ![judge's score against KL](frontier.png)
 
-Three strengths at the tuned learning rate, two seeds each; the tuned strength is ringed. Dots are the single runs.
+Lines are the three strengths at the best learning rate (the tuning's runs, seed 0), rings the table's five seeds.
 
 ## The scripts' defaults
 
@@ -376,7 +371,7 @@ this test bed: a policy of a million parameters, answers of 25 tokens, 4,000 pai
 {claims}
 ## SPIN's betas
 
-Judge's score at the tuned learning rate, mean of two seeds.
+Judge's score at the best learning rate (the tuning's runs, seed 0).
 
 {spin}
 ## Annotators
@@ -420,22 +415,17 @@ def draw_frontier(results: dict) -> None:
     runs = results["runs"]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, (name, method) in enumerate(METHODS.items()):
-        rate, best = compare.tuned(runs, name)
-        points, color = [], f"C{number}"
-        for strength in sorted(method.values):
-            for seed in SEEDS[:2]:
-                record = runs[compare.method_run(runs, name, rate, strength, seed)]
-                points.append((strength, final(record, "kl"), final(record)))
-        strengths, kls, scores = [np.array(column).reshape(-1, 2) for column in zip(*points, strict=True)]
-        text = f"{method.title} ({method.strength.removeprefix('--')} {', '.join(f'{s:g}' for s in strengths[:, 0])})"
-        axes.plot(kls.mean(1), scores.mean(1), marker="o", markersize=4, color=color, label=text)
-        axes.scatter(kls, scores, s=5, color=color, alpha=0.5)
-        place = strengths[:, 0].tolist().index(best)
-        ring = (kls[place].mean(), scores[place].mean())
-        axes.plot(*ring, "o", markersize=13, markerfacecolor="none", color=color)
+        color, course = f"C{number}", strengths(runs, name)
+        kls, scores = [[final(record, metric) for record in course.values()] for metric in ("kl", "judge_score")]
+        text = f"{method.title} ({method.strength.removeprefix('--')} {', '.join(f'{value:g}' for value in course)})"
+        axes.plot(kls, scores, marker="o", markersize=4, color=color, label=text)
+        records = [runs[compare.tuned_run(runs, name, seed)] for seed in SEEDS]
+        kls, scores = [[final(record, metric) for record in records] for metric in ("kl", "judge_score")]
+        axes.plot(kls, scores, "o", markersize=8, markerfacecolor="none", color=color, linestyle="none")
         if name in DRAWN:
             cost = f"{seconds_of(results, name):.0f} s, {DRAWN[name]:,} answers"
-            axes.annotate(cost, ring, (8, -14), textcoords="offset points", fontsize=7, color=color)
+            place = (statistics.mean(kls), statistics.mean(scores))
+            axes.annotate(cost, place, (10, -14), textcoords="offset points", fontsize=7, color=color)
     axes.set(xscale="log", xlabel="KL to the initial policy (nats a response)", ylabel="judge's score")
     axes.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
     axes.set_xticks([], minor=True)
@@ -453,11 +443,8 @@ def draw_claims(results: dict) -> None:
             label = f"{script.removesuffix('.py').upper()}, beta {beta}"
             margin.plot(range(1, 21), np.mean(curves, axis=0), style, color=f"C{number}", label=label)
     margin.set(title="deterministic labels: margin of training pairs", xlabel="pass over the pairs", ylabel="nats")
-    rate, _ = compare.tuned(runs, "spin")
-    for beta in METHODS["spin"].values:
-        records = [runs[compare.method_run(runs, "spin", rate, beta, seed)] for seed in SEEDS[:2]]
-        scores = np.array([[row["judge_score"] for row in record["evals"]] for record in records])
-        spin.plot(range(4), scores.mean(0), marker="o", label=f"beta {beta:g}")
+    for beta, record in strengths(runs, "spin").items():
+        spin.plot(range(4), [row["judge_score"] for row in record["evals"]], marker="o", label=f"beta {beta:g}")
     spin.set(title="SPIN", xlabel="iteration", ylabel="judge's score", xticks=range(4))
     sizes, accuracies, scores = [], [], []
     for layers in compare.ANNOTATORS:

@@ -308,3 +308,15 @@ def test_tracking_without_a_login_leaves_nothing_behind(data, tmp_path):
     quiet = {"capture_output": True, "stdin": subprocess.DEVNULL}
     ended = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, text=True, **quiet)
     assert ended.returncode != 0 and not (tmp_path / "run").exists()
+
+
+@SLOW
+def test_tracked_runs_have_the_samples_as_tables(data, tmp_path):
+    """Wandb is offline, and writes to the folder where the script is started."""
+    ended = run_script(ROOT / "dpo.py", "--track", "--output-dir", "run", *flags_of("dpo", data), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    tables, rows = [], read_rows(tmp_path / "run/samples.jsonl")
+    for file in tmp_path.glob("wandb/offline-run-*/files/media/table/eval/samples_*.table.json"):
+        table = json.loads(file.read_text())
+        tables += [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+    assert sorted(tables, key=lambda row: row["step"]) == rows and len(rows) == 24
