@@ -173,7 +173,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     if min(len(train_pairs), len(test_pairs)) < WORLD_SIZE:
         sys.exit(f"error: {len(train_pairs)} pairs to train and {len(test_pairs)} to test on are too few")
     first = [train_pairs[0].prompt_ids, train_pairs[0].chosen_ids, train_pairs[0].rejected_ids]
-    tqdm.write(f"the first pair: {run.tokenizer.batch_decode(first)}")
+    tqdm.write(f"{len(train_pairs)} to train on, the first: {run.tokenizer.batch_decode(first)}")
     return train_pairs, test_pairs[: args.num_eval_prompts]
 
 
@@ -210,7 +210,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     parts = (prompt, chosen, rejected)
     alike = {type(part) for part in parts} in ({str}, {list})
     if not alike or not all([part and (part if isinstance(part, str) else part[-1]["content"]) for part in parts]):
-        sys.exit(f"error: {where} has keys {sorted(row)}: needed are prompt, chosen, rejected, text or chat, not empty")
+        sys.exit(f"error: {where} has {[k for k in row if row[k]]}: needed are prompt, chosen, rejected, text or chat")
     return parts
 
 
@@ -576,8 +576,8 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
-    if stored and not run.args.resume:
-        sys.exit(f"error: {run.folder} holds a run: go on with it by --resume, or name another --output-dir")
+    if stored and not (run.args.resume and not (run.folder / "model").exists()):
+        sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
     if stored and stored["data"] != record["data"]:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
     mode = None if run.args.track and RANK == 0 else "disabled"

@@ -37,8 +37,8 @@ def test_strings_end_with_the_stop_token_once():
 
 BAD_ROWS = {
     "needed are prompt, chosen, rejected": {"prompt": "a", "chosen": 7, "rejected": "c"},
-    "keys ['question']": {"question": "a"},
-    "not empty": {"prompt": "a", "chosen": "", "rejected": "c"},
+    "has ['question']": {"question": "a"},
+    "has ['prompt', 'rejected']": {"prompt": "a", "chosen": "", "rejected": "c"},
     "preference_prob is 1.5": {"prompt": "a", "chosen": "b", "rejected": "c", "preference_prob": 1.5},
 }
 
@@ -96,5 +96,5 @@ def test_batches_leave_out_other_pairs_in_each_epoch(monkeypatch):
     assert [len(batch) for batch in batches] == [8, 8, 8, 8]
     assert all(len(set(sum(epoch, []))) == 16 for epoch in (batches[:2], batches[2:]))
     assert set(sum(batches[:2], [])) != set(sum(batches[2:], []))
-    with pytest.raises(SystemExit, match="error: --batch-size 6"):
+    with pytest.raises(SystemExit, match="error: a step of 6 does not divide"):
         dpo.plan_batches(dpo.Args(batch_size=6), 19)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,14 +247,18 @@ def test_gradient_checkpointing_changes_nothing(data, folders):
     assert_close_runs(folders("checkpointing"), folders("plain"))
 
 
-def test_changed_data_are_refused(data, tmp_path):
+def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
     folder = tmp_path / "data"
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl"))
     write_rows(folder / "test.jsonl", read_rows(data / "test.jsonl"))
     flags = ["--output-dir", tmp_path / "run", *flags_of("dpo", folder), "--max-steps", "1"]
     assert run_script(ROOT / "dpo.py", *flags).returncode == 0
-    again = run_script(ROOT / "dpo.py", *flags)
-    assert again.returncode == 1 and "holds a run: go on with it by --resume" in again.stderr
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    for more in ([], ["--resume"]):
+        again = run_script(ROOT / "dpo.py", *flags, *more)
+        assert again.returncode == 1 and "holds a run: name another --output-dir" in again.stderr
+    assert read_rows(tmp_path / "run/metrics.jsonl") == rows
+    shutil.rmtree(tmp_path / "run/model")  # as if it had been killed
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
     changed = run_script(ROOT / "dpo.py", "--output-dir", tmp_path / "run", "--resume")
     assert changed.returncode == 1 and "has changed since the run" in changed.stderr
