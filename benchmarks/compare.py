@@ -55,7 +55,7 @@ METHODS = {
     "simpo": Method("SimPO", "simpo.py", "--gamma-beta-ratio", (0.275, 0.55, 1.1)),
     "pre_dpo": Method("Pre-DPO", "pre_dpo.py", "--beta", (0.03, 0.1, 0.3)),
     "kto": Method("KTO", "kto.py", "--beta", (0.03, 0.1, 0.3)),
-    "spin": Method("SPIN", "spin.py", "--beta", (0.3, 1, 3)),
+    "spin": Method("SPIN", "spin.py --prompts-per-iteration 1280", "--beta", (0.3, 1, 3)),
     "oaif": Method("OAIF", "oaif.py", "--beta", (0.03, 0.1, 0.3)),
     # Without supervised fine-tuning, so that all start from one policy; with a reward model that its stage 2 has made.
     "ppo": Method(
@@ -198,10 +198,10 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def write_data() -> None:
-    """The test bed's pairs with test prompts for tuning and for the tables apart, and subsets of them."""
+    """2,560 of the test bed's pairs, with test prompts for tuning and for the tables apart; and subsets of them."""
     folder = ROOT / FOLDER
     train, test = [[json.loads(line) for line in (ROOT / f"toy/{name}.jsonl").open()] for name in ("train", "test")]
-    for split, rows in {"train": train, "test": test[:256], "validation": test[256:512]}.items():
+    for split, rows in {"train": train[:2560], "test": test[:256], "validation": test[256:512]}.items():
         pairs, deterministic, few = [], [], []
         for number, row in enumerate(rows):
             prompt, sides = {"prompt": row["prompt"]}, (row["chosen"], row["rejected"])

@@ -37,7 +37,7 @@ per token. The logged rewards are DPO's all the same, so that the curves of the 
     "simpo": (
         "Simple Preference Optimisation",
         """\
-The reference goes: `main` has two lines fewer, and nothing is computed for the pairs before training. Two ideas come in
+There is no reference: `main` has two lines fewer, and nothing is computed for the pairs before training. Two ideas take
 its place. The reward of an answer is the mean log-probability of its tokens, so that length by itself earns nothing,
 and the chosen answer has to win by a margin gamma. In DPO beta keeps the policy near the model that it started from;
 here only a small learning rate and few steps do.""",
@@ -48,9 +48,11 @@ here only a small learning rate and few steps do.""",
 An answer needs no partner: it is marked as desirable or undesirable by itself. (A preference pair serves as two such
 answers, see `make_examples`.) As in DPO there is a log-ratio to the reference, but it is not compared with that of
 another answer. It is compared with `z0`, an estimate of how far the policy has moved from the reference on the whole,
-which is made from answers to other prompts (`add_others`) and passes no gradient. The loss flattens on both sides: an
-answer that is far on the right side already, or hopelessly far on the wrong one, has little pull. `find_weights` makes
-up for unequal numbers of good and bad answers.""",
+which is made from answers to other prompts and passes no gradient. So the fields of a pair mean other things in
+training: `chosen_ids` is the example's answer, `preference_prob` is 1 if that is desirable and 0 if not, and
+`rejected_ids` is the answer to another prompt (`add_others`). The loss flattens on both sides: an answer that is far on
+the right side already, or hopelessly far on the wrong one, has little pull. `find_weights` makes up for unequal numbers
+of good and bad answers.""",
     ),
     "pre_dpo": (
         "Pre-DPO",

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 T975 = {2: 4.303, 4: 2.776}  # quantile of Student's t, by degrees of freedom
-DRAWN = {"spin": 6000, "oaif": 8000, "ppo": 4256}  # answers that the policy writes for training
+DRAWN = {"spin": 3840, "oaif": 5120, "ppo": 2816}  # answers that the policy writes for training
 
 
 @dataclass
@@ -343,7 +343,8 @@ prompts. Seconds are those of a whole run on one core, evaluation included.
 ## The methods, tuned
 
 Each method had the same small budget: three learning rates and three strengths ([below](#tuning)), chosen by the
-judge's score on other prompts and another seed. All start from the initial policy. Five seeds.
+judge's score on other prompts and another seed. All start from the initial policy and have the same 2,560 pairs. Means
+of five seeds.
 
 {tuned}
 *Answers drawn* are those that the policy wrote to be trained on; OAIF also asks its annotator about each pair of them.
@@ -354,7 +355,7 @@ Lines are the three strengths at the best learning rate (the tuning's runs, seed
 
 ## The scripts' defaults
 
-One run of each, as in the front page's table. `rlhf_ppo.py` includes its supervised fine-tuning here.
+One run of each on all 4,000 pairs, as in the front page's table. `rlhf_ppo.py` includes supervised fine-tuning here.
 
 {default}
 ## The papers' claims
@@ -363,7 +364,7 @@ There are {count} comparisons of five seeds each. Runs of one seed answer the sa
 and their difference counts. The p-values (Student's t, two-sided) are corrected for the {count} comparisons (Holm). A
 comparison *holds* if p is below 0.05 and its mean above 0, *does not hold* if p is below 0.05 and its mean below 0, and
 is *open* otherwise. A claim holds if all its comparisons do, and does not hold if one does not. The verdicts are about
-this test bed: a policy of a million parameters, answers of 25 tokens, 4,000 pairs. Commands are those of seed 1.
+this test bed: a policy of a million parameters, answers of 25 tokens, 2,560 pairs. Commands are those of seed 1.
 
 {verdicts}
 ![margins, SPIN's iterations, annotators, lengths](claims.png)

@@ -70,7 +70,7 @@ def test_data(tmp_path, monkeypatch):
     ]
     prompts = [{row["prompt"][0]["content"] for row in rows} for rows in (test, validation)]
     assert len(test) == len(validation) == 256 and not prompts[0] & prompts[1]
-    assert sum(row["label"] for row in few) == 400 and len(few) == 4400
+    assert sum(row["label"] for row in few) == 256 and len(few) == 2816
     dpo, run = load_script("dpo"), start("dpo", ROOT / "toy/policy")
     judge = dpo.load_model(run, str(ROOT / "toy/judge"), dpo.AutoModelForSequenceClassification)
     for row in pairs[:40]:
