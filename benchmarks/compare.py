@@ -165,27 +165,26 @@ ALL, BALANCED, UNWEIGHTED = "--beta 0.1", "--undesirable-weight 1", "--desirable
 
 
 def plan(runs: dict) -> list[str]:
-    """All runs that can be named yet, the most important first: what comes later depends on the tuning."""
-    planned, everything = [], METHODS | VARIANTS
-    for name in everything:
+    """All runs that can be named yet; what is missing among them waits for the tuning of a method."""
+    planned, ready = [], []
+    for name in METHODS | VARIANTS:
         if name != "pre_dpo" or (tuned(runs, "dpo") and tuned(runs, "simpo")):
             planned += tuning_runs(runs, name).values()
-    if all([tuned(runs, name) for name in everything]):
-        for name in METHODS:
-            planned += [tuned_run(runs, name, seed) for seed in SEEDS]
-        planned += [tuned_run(runs, "dpo_2_epochs", seed) for seed in SEEDS]
-        planned += [simpo_guide_run(runs, seed) for seed in SEEDS]
-        for loss in ONLINE:
-            planned += [online_run(runs, loss, seed) for seed in SEEDS]
-            planned += [offline_run(runs, loss, seed) for seed in SEEDS]
-        for layers in ANNOTATORS:
-            planned += [annotator_run(runs, layers, seed) for seed in SEEDS]
-    for beta in DETERMINISTIC_BETAS:
-        for script in ("dpo.py", "ipo.py"):
-            planned += [deterministic_run(script, beta, seed) for seed in SEEDS]
-    planned += [f"python {script}.py" for script in DEFAULTS]
+            ready += [name] if tuned(runs, name) else []
+    for seed in SEEDS:
+        planned += [tuned_run(runs, name, seed) for name in ready if name != "offline_dpo"]
+        if "pre_dpo" in ready:
+            planned += [simpo_guide_run(runs, seed)]
+        if "oaif" in ready:
+            planned += [annotator_run(runs, layers, seed) for layers in ANNOTATORS]
+            planned += [online_run(runs, loss, seed) for loss in ONLINE]
+        if "offline_dpo" in ready:
+            planned += [offline_run(runs, loss, seed) for loss in OFFLINE]
+        for beta in DETERMINISTIC_BETAS:
+            planned += [deterministic_run(script, beta, seed) for script in ("dpo.py", "ipo.py")]
     for weights in (ALL, BALANCED, UNWEIGHTED):
         planned += [few_desirable_run(weights, seed) for seed in SEEDS[:3]]
+    planned += [f"python {script}.py" for script in DEFAULTS]
     return list(dict.fromkeys(planned))
 
 

@@ -140,11 +140,12 @@ def test_head_of_a_new_reward_model(tiny_model, tmp_path):
     assert heads[0].shape == (1, 512) and heads[0].std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
 
 
+FORMS = {"text": (None, False), "text with BOS": (None, True), "chat": ("<|end|>", False)}
+FORMS |= {"line break": ("<|end|>\\n", False), "no stop token": ("", False)}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("bos", [False, True], ids=["without BOS", "with BOS"])
-@pytest.mark.parametrize(
-    "form", [None, "<|end|>", "<|end|>\\n", ""], ids=["text", "chat", "line break", "no stop token"]
-)
+@pytest.mark.parametrize("form, bos", FORMS.values(), ids=FORMS)
 def test_saved_reward_model_judges_as_it_was_trained(form, bos, tiny_model, tmp_path):
     """As any script's judge, it gives the score of the token that ends the answer, whatever the template ends with."""
     policy = shutil.copytree(tiny_model(), tmp_path / "policy")
