@@ -637,7 +637,7 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         sizes = json.loads(saved.read_text()) if saved.exists() else {}
         for rows in run.folder.glob("*.jsonl") if stored else ():  # what came after the checkpoint comes again
             os.truncate(rows, sizes.get(rows.name, 0))
-    tqdm.write(f"the run is in {run.folder}" + f", and goes on after step {run.saved_step}, with its flags" * bool(stored))
+    tqdm.write(f"the run is in {run.folder}" + f" and goes on at step {run.saved_step} with its flags" * bool(stored))
     if RANK == 0 and not stored:  # in one piece: a run that is killed leaves all of it or nothing
         (run.folder / "unfinished.json").write_text(json.dumps(record, indent=1))
         (run.folder / "unfinished.json").rename(file)

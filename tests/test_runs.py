@@ -194,7 +194,7 @@ def test_killed_before_the_first_checkpoint(at, data, folders):
 @SLOW
 def test_checkpoint_of_two_processes_goes_on_with_one(data, folders, whole_runs):
     run_killed("dpo", folders("killed"), *flags_of("dpo", data), "--save-steps", "2", at=4, processes=2)
-    assert "goes on after step 2" in finish("dpo", folders("killed"), "--resume").stdout
+    assert "goes on at step 2 with its flags" in finish("dpo", folders("killed"), "--resume").stdout
     assert_close_runs(folders("killed"), whole_runs("dpo", []))
 
 
