@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     TOY,
     finish,
+    leave_group,
     load_script,
     read_rows,
     run_script,
@@ -248,20 +249,21 @@ def test_gradient_checkpointing_changes_nothing(data, folders):
 
 
 def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
-    folder = tmp_path / "data"
-    write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl"))
-    write_rows(folder / "test.jsonl", read_rows(data / "test.jsonl"))
-    flags = ["--output-dir", tmp_path / "run", *flags_of("dpo", folder), "--max-steps", "1"]
-    assert run_script(ROOT / "dpo.py", *flags).returncode == 0
+    dpo, folder = load_script("dpo"), tmp_path / "data"
+    for split in ("train", "test"):
+        write_rows(folder / f"{split}.jsonl", read_rows(data / f"{split}.jsonl"))
+    flags = {"dataset_name": str(folder), "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_new_tokens": 8}
+    dpo.main(dpo.Args(**flags))
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    for more in ([], ["--resume"]):
-        again = run_script(ROOT / "dpo.py", *flags, *more)
-        assert again.returncode == 1 and "holds a run: name another --output-dir" in again.stderr
+    for resume in (False, True):
+        with pytest.raises(SystemExit, match="holds a run: name another --output-dir"):
+            dpo.main(dpo.Args(**flags, resume=resume))
+        leave_group()
     assert read_rows(tmp_path / "run/metrics.jsonl") == rows
     shutil.rmtree(tmp_path / "run/model")  # as if it had been killed
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
-    changed = run_script(ROOT / "dpo.py", "--output-dir", tmp_path / "run", "--resume")
-    assert changed.returncode == 1 and "has changed since the run" in changed.stderr
+    with pytest.raises(SystemExit, match="has changed since the run"):
+        dpo.main(dpo.Args(**flags, resume=True))
 
 
 def test_files_in_a_folder_without_a_run_are_left_alone(tmp_path):
