@@ -240,8 +240,8 @@ def tuned_table(results: dict) -> str:
 def seconds_of(results: dict, name: str) -> float:
     """Of a run with two evaluations, mean over the tuning; PPO's with that of its reward model."""
     runs = results["runs"]
-    seconds = statistics.mean([runs[command]["seconds"] for command in compare.tuning_runs(runs, name).values()])
-    return seconds + (results["builds"]["reward-0"]["seconds"] if name == "ppo" else 0)
+    seconds = statistics.mean([runs[command]["cpu_seconds"] for command in compare.tuning_runs(runs, name).values()])
+    return seconds + (results["builds"]["reward-0"]["cpu_seconds"] if name == "ppo" else 0)
 
 
 def default_table(runs: dict) -> str:
@@ -338,7 +338,7 @@ REPORT = """\
 All methods on the [test bed](../toy/README.md), whose judge is the true reward. `compare.py` made the runs, and
 `report.py` wrote this page from their numbers, which are in [results.json](results.json). Win rates are against the
 initial policy, KL is to it, in nats a response. Means over seeds ± half the 95 % interval (Student's t); 256 test
-prompts. Seconds are those of a whole run on one core, evaluation included.
+prompts. Seconds are the processor time of a run, evaluation included.
 
 ## The methods, tuned
 
