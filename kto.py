@@ -16,7 +16,7 @@ Without weights the rarer kind is weighted such that both have equal totals. Whe
 The loss starts at 0.5 if the weights are 1. eval/loss has z0 = 0, and is the mean of a pair's two losses; for rows with
 one answer eval/rewards/accuracies is the share of rewards with the right sign.
 
-    python kto.py                                # the built-in test bed, a few minutes on two CPU cores
+    python kto.py                                # the built-in test bed, about a minute on two CPU cores
     python kto.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/kto-mix-14k
     torchrun --nproc-per-node 8 kto.py ...       # several GPUs
 """
