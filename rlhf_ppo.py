@@ -623,7 +623,7 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
-    if stored and not (run.args.resume and not (run.folder / "model").exists()):
+    if stored and (not run.args.resume or (run.folder / "model").exists()):
         sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
     if stored and stored["data"] != record["data"]:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
@@ -749,10 +749,8 @@ def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
     if isinstance(prompt, str):
         template = render(tokenizer, "")[0] + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     else:
-        template, answer = (
-            tokenizer.chat_template,
-            render(tokenizer, prompt, [{"role": "assistant", "content": "."}])[1],
-        )
+        template = tokenizer.chat_template
+        answer = render(tokenizer, prompt, [{"role": "assistant", "content": "."}])[1]
     ids = tokenizer(answer, add_special_tokens=False).input_ids + run.stop_ids[:1]  # as in encode_rows
     stop = tokenizer.convert_ids_to_tokens(cut_answer(ids, run.stop_ids)[-1])
     ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more behind it, or none

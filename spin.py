@@ -584,7 +584,7 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
     record |= {"torch": torch.__version__, "transformers": transformers.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
-    if stored and not (run.args.resume and not (run.folder / "model").exists()):
+    if stored and (not run.args.resume or (run.folder / "model").exists()):
         sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
     if stored and stored["data"] != record["data"]:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
