@@ -345,6 +345,7 @@ def main(args: Args) -> None:
                     record["runs"].append({"contest": contest, "side": side} | run(side, contest))
                     texts = [f"{name} {value:.3g}" for name, value in figures(record["runs"][-1], args).items()]
                     print(f"{contest}, {side}: {', '.join(texts)}", flush=True)
+                    args.out.write_text(json.dumps(record, indent=1) + "\n")  # what is left if a later run fails
     if args.repeats > 0:
         record["summary"] = summarise(record["runs"], args, versions["trl"])
     args.out.write_text(json.dumps(record, indent=1) + "\n")
