@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-# Before transformers is imported: it reads these once. One thread, since tiny models gain nothing from more.
+# Before torch and transformers are imported: they read these once. A GPU is hidden, so that the tests are the same
+# everywhere, but for those of test_gpu.py. One thread, since tiny models gain nothing from more.
 os.environ |= {
+    "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
@@ -82,19 +84,19 @@ def start(name, model, **flags):
     return script.start_run(script.Args(model_name_or_path=str(model), **flags))
 
 
-def run_script(script, *flags, processes=1, cwd=ROOT):
+def run_script(script, *flags, processes=1, cwd=ROOT, gpu=""):
     """A script in a process of its own, or in several by torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
     command = [*launcher, str(script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def finish(name, folder, *flags, processes=1):
+def finish(name, folder, *flags, **options):
     """A run of a script to its end, in a folder."""
-    ended = run_script(ROOT / f"{name}.py", "--output-dir", folder, *flags, processes=processes)
+    ended = run_script(ROOT / f"{name}.py", "--output-dir", folder, *flags, **options)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended
 

@@ -40,11 +40,11 @@ def flags_of(name, data):
     return ["--dataset-name", data, *FLAGS, *OWN_FLAGS.get(name, [])]
 
 
-def run_killed(name, folder, *flags, at, processes=1):
+def run_killed(name, folder, *flags, at, processes=1, **options):
     """A run that is killed before the at-th gradient is clipped."""
     program = folder.parent / "killed.py"
     program.write_text(KILLED.format(path=str(ROOT / f"{name}.py"), at=at))
-    ended = run_script(program, "--output-dir", folder, *flags, processes=processes)
+    ended = run_script(program, "--output-dir", folder, *flags, processes=processes, **options)
     assert ended.returncode == -signal.SIGKILL if processes == 1 else ended.returncode != 0, ended.stderr[-3000:]
 
 
