@@ -50,9 +50,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# The text outside `# region method` ... `# endregion` is the same in all scripts. The way of the data: load_pairs reads
-# and tokenises, plan_batches and micro_batches cut, forward finds log-probabilities, compute_loss is the method,
-# mean_loss backpropagates, train updates the weights, evaluate samples and has samples judged. main tells it in order.
+# All scripts are alike outside of `# region method` ... `# endregion`. load_pairs reads and tokenises, plan_batches and
+# micro_batches cut, forward finds log-probabilities, compute_loss is the method, train updates, evaluate samples.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -330,9 +329,13 @@ def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Te
 def forward(model: Any, pairs: list[Pair]) -> Batch:
     """The log-probabilities of a micro-batch of pairs, with what else is known of them."""
     column = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
-    return Batch(  # chosen and rejected pass apart: their lengths often differ much
-        chosen_logps=token_logps(model, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]).sum(-1),
-        rejected_logps=token_logps(model, [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]).sum(-1),
+    chosen = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    rejected = [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    # Apart they are padded less, which counts on a CPU. Together they need fewer kernels, which counts on a GPU.
+    passes = [chosen + rejected] if CUDA else [chosen, rejected]
+    logps = torch.cat([token_logps(model, rows).sum(-1) for rows in passes])
+    return Batch(
+        *logps.chunk(2),  # chosen, rejected
         ref_chosen_logps=column([pair.ref_chosen_logp for pair in pairs]),
         ref_rejected_logps=column([pair.ref_rejected_logp for pair in pairs]),
         chosen_lengths=column([len(pair.chosen_ids) for pair in pairs]),
@@ -371,13 +374,9 @@ def mean_loss(run: Run, items: list, loss_of: Callable, backward: bool) -> dict[
 
 
 def train(run: Run, models: dict, gradients_of: Callable, steps: int, adamw: dict, measure: Callable, start=0) -> int:
-    """Train for `steps` steps with a new AdamW, numbered from start + 1; returns the last number.
-
-    gradients_of(k) is a generator: each time that it yields metrics, the gradients of an update of step k are ready.
-    measure(step) evaluates. If the checkpoint to resume from is of a later stage, nothing is done.
-    """
+    """Train for `steps` steps with a new AdamW, numbered from start + 1; returns the last number."""
     args, step, last_step = run.args, start, start + steps
-    if run.saved_step > last_step:
+    if run.saved_step > last_step:  # the checkpoint to go on from is of a later stage
         return last_step
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), weight_decay=0.0, fused=True, **adamw)
     # Its rate is 0 at step 0 and at the last step: of a schedule of steps + 1, those in between are taken.
@@ -393,7 +392,7 @@ def train(run: Run, models: dict, gradients_of: Callable, steps: int, adamw: dic
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = adamw["lr"] * schedule(step - start)
-        for metrics in gradients_of(step - start - 1):
+        for metrics in gradients_of(step - start - 1):  # when it yields, the gradients of an update are there
             for name, model in models.items():
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
                 if not math.isfinite(norm):
@@ -534,6 +533,7 @@ def start_run(args: Args) -> Run:
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", **own_group)
     if CUDA:
         torch.cuda.set_device(DEVICE)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew at each new length, for longer than it computes
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one process speaks
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew at each new length, for longer than it computes
 
 
 @dataclass

@@ -197,8 +197,10 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 def run_trl(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """TRL's DPOTrainer, watched."""
     import datasets
+    import torch
     import trl
 
+    torch.backends.cuda.enable_cudnn_sdp(job["contest"] == "defaults")  # off in dpo.py
     watch, stop_ids, names = Watch(job), job["stop_ids"], ("prompt_ids", "chosen_ids", "rejected_ids")
 
     def end_with_stop_token(row: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def test_links_lead_somewhere(page):
             target = page.parent / path
             assert target.exists(), link
             headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
-            assert not anchor or anchor in [re.sub(r"[^\w-]", "", heading.lower()) for heading in headings], link
+            assert not anchor or anchor in [
+                re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings
+            ], link
 
 
 def test_readme_is_short():

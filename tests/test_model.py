@@ -33,6 +33,19 @@ def test_token_logps_and_samples_are_those_of_single_rows(tiny_model, family):
             assert answers[i] == sampled
 
 
+def test_pairs_pass_together_as_on_a_gpu_or_apart(tiny_model, data, monkeypatch):
+    run = start("dpo", tiny_model(), dataset_name=str(data))
+    model, pairs = dpo.load_model(run, run.args.model_name_or_path), dpo.load_pairs(run)[0][:5]
+    apart = dpo.forward(model, pairs)
+    monkeypatch.setattr(dpo, "CUDA", True)
+    for together, value in zip(dpo.forward(model, pairs), apart, strict=True):
+        torch.testing.assert_close(together, value, rtol=1e-5, atol=1e-4)
+    for i, pair in enumerate(pairs):
+        for name, logps in (("chosen_ids", apart.chosen_logps), ("rejected_ids", apart.rejected_logps)):
+            expected = dpo.token_logps(model, [(pair.prompt_ids, getattr(pair, name))]).sum()
+            torch.testing.assert_close(logps[i], expected, rtol=1e-5, atol=1e-4)
+
+
 def test_dropout_is_off(tiny_model):
     run = start("dpo", tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
     model = dpo.load_model(run, run.args.model_name_or_path, trainable=True).train()
