@@ -81,10 +81,10 @@ class Args:
     max_length: int = 1024  # longest prompt with answer, in tokens; longer pairs are dropped
     # --- optimisation ---
     batch_size: int = 64  # pairs per optimiser step, over all devices
-    micro_batch_tokens: int = 8192 if CUDA else 2048  # padded tokens of a forward pass: speed and memory, no more
+    micro_batch_tokens: int = 8192 if CUDA else 2048  # padded tokens of a pass: only about speed and memory
     num_train_epochs: int = 1  # passes over the training pairs
     max_steps: int | None = None  # most optimiser steps; 0 = only evaluate
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # decay after warm-up; constant has neither
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # constant: no warm-up, no decay
     warmup_ratio: float = 0.1  # share of the steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # --- evaluation ---
@@ -114,7 +114,7 @@ class Batch(NamedTuple):
 
 # region method: loss
 def compute_loss(batch: Batch, beta: float, label_smoothing: float) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each pair, (B,). These are some of a step's pairs only, so none may depend on others."""
+    """Loss and metrics of each pair, (B,). A micro-batch is but a part of a step, so no pair may depend on others."""
     chosen_logratios = batch.chosen_logps - batch.ref_chosen_logps
     rejected_logratios = batch.rejected_logps - batch.ref_rejected_logps
     h = chosen_logratios - rejected_logratios
@@ -244,7 +244,7 @@ def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
 
 def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
     """Indices of this process's rows, longest first, in groups of at most `tokens` padded tokens (or of one row)."""
-    # A round deals a row to each process, and its longest decides on a new group: all have as many, or FSDP would hang.
+    # A round gives each process a row, and its longest decides on a new group for all: FSDP needs equally many of each.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups, width = [], 0
     for start in range(0, len(order), WORLD_SIZE):
@@ -319,7 +319,7 @@ def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Te
     for i, (prompt, answer) in enumerate(rows):
         predicts[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
     input_ids, predicts = input_ids.to(DEVICE), predicts.to(DEVICE)
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=predicts).logits  # (answers' tokens, V)
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=predicts).logits  # of the answers alone, (n, V)
     targets = input_ids.roll(-1, dims=1)[predicts]
     logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # bfloat16 would err by up to 0.1 nats a token
     return torch.zeros(predicts.shape, device=DEVICE).masked_scatter(predicts, logps)
@@ -378,7 +378,7 @@ def train(run: Run, models: dict, gradients_of: Callable, steps: int, adamw: dic
     if run.saved_step > last_step:  # the checkpoint to go on from is of a later stage
         return last_step
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), weight_decay=0.0, fused=True, **adamw)
-    # Its rate is 0 at step 0 and at the last step: of a schedule of steps + 1, those in between are taken.
+    # Such a schedule is 0 at its first and last step: of one that is longer by a step, those in between are taken.
     warmup_steps = math.ceil(args.warmup_ratio * steps)
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, steps + 1).lr_lambdas[0]
     if run.saved_step > start:
@@ -424,7 +424,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
             inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
             output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cdf = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
-            token = torch.searchsorted(cdf, uniform[:, len(tokens), None] * cdf[:, -1:], right=True)  # by the inverse
+            token = torch.searchsorted(cdf, uniform[:, len(tokens), None] * cdf[:, -1:], right=True)  # inverse CDF
             input_ids, cache = token.clamp(max=cdf.shape[1] - 1), output.past_key_values
             mask = F.pad(mask, (0, 1), value=1)
             ended |= torch.isin(input_ids, torch.tensor(run.stop_ids, device=DEVICE))
@@ -536,7 +536,7 @@ def start_run(args: Args) -> Run:
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one process speaks
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if args.resume and Path(args.output_dir, "args.json").exists():
+    if args.resume and Path(args.output_dir or sys.exit("error: --resume needs --output-dir"), "args.json").exists():
         stored = json.loads(Path(args.output_dir, "args.json").read_text())["args"]
         args = Args(**stored | {"output_dir": args.output_dir, "resume": True})
     for flag, value in asdict(args).items():
@@ -578,8 +578,8 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
     if stored and stored["data"] != record["data"]:
         sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
-    mode = None if run.args.track and RANK == 0 else "disabled"
-    wandb.init(id=run.folder.name, resume="allow", config=record, mode=mode)  # first: a failed login leaves no folder
+    mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
+    wandb.init(id=run.folder.name, resume="allow" if stored else "never", config=record, mode=mode)
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(__file__, run.folder)
@@ -608,8 +608,9 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 
 def finish_run(run: Run, policy: Any) -> None:
     """Save the policy, and show what has changed from the first evaluation to the last one."""
-    save_model(run, policy, run.folder / "model")
+    save_model(run, policy, run.folder / "unfinished")
     if RANK == 0:
+        (run.folder / "unfinished").rename(run.folder / "model")
         step = json.loads((run.folder / "samples.jsonl").read_text().splitlines()[-1])["step"]
         samples = [read_rows(run.folder / "samples.jsonl", number) for number in (0, step)]
         for before, after in list(zip(*samples, strict=True))[:3]:

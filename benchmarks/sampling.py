@@ -18,8 +18,9 @@ class Args:
     model_name_or_path: str = str(ROOT / "toy" / "policy")  # causal language model, as hub id or folder
     dataset_name: str = str(ROOT / "toy")  # preference pairs, whose prompts are answered
     num_prompts: int = 128  # answered at a time
+    max_prompt_length: int = 256  # longest prompt that is taken, in tokens
     max_new_tokens: int = 128  # longest answer
-    micro_batch_tokens: tuple[int, ...] = (4096, 16384)  # values of the flag of this name; generate takes four times it
+    micro_batch_tokens: tuple[int, ...] = (4096, 8192, 16384)  # of the flag of this name: generate takes four times it
 
 
 def main(args: Args) -> None:
@@ -31,11 +32,11 @@ def main(args: Args) -> None:
     model_and_data = {"model_name_or_path": args.model_name_or_path, "dataset_name": args.dataset_name}
     run = oaif.start_run(oaif.Args(**model_and_data, max_new_tokens=args.max_new_tokens))
     pairs, _ = oaif.load_pairs(run)
-    prompts = [pair.prompt_ids for pair in pairs[: args.num_prompts]]
+    prompts = [pair.prompt_ids for pair in pairs if len(pair.prompt_ids) <= args.max_prompt_length][: args.num_prompts]
     model = oaif.load_model(run, args.model_name_or_path, trainable=True)
     for tokens in args.micro_batch_tokens:
         run = replace(run, args=replace(run.args, micro_batch_tokens=tokens))
-        for seed in range(3):  # the first one is not timed
+        for seed in range(2):  # the first one is not timed
             start = time.time()
             with oaif.inference(model):
                 answers = oaif.generate(run, model, prompts, seed, temperature=0.9)

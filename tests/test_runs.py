@@ -41,7 +41,7 @@ def flags_of(name, data):
 
 
 def run_killed(name, folder, *flags, at, processes=1, **options):
-    """A run that is killed before the at-th gradient is clipped."""
+    """A run that is killed before the at-th gradient is clipped, or, at 0, in the middle of saving its policy."""
     program = folder.parent / "killed.py"
     program.write_text(KILLED.format(path=str(ROOT / f"{name}.py"), at=at))
     ended = run_script(program, "--output-dir", folder, *flags, processes=processes, **options)
@@ -59,6 +59,8 @@ def clip_or_die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return clip(*args)
 script.torch.nn.utils.clip_grad_norm_ = clip_or_die
+if {at} == 0:
+    script.transformers.PreTrainedTokenizerBase.save_pretrained = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 script.main(script.tyro.cli(script.Args))
 """
 
@@ -153,7 +155,14 @@ def test_two_processes_that_sample(name, more, data, folders):
     assert two[1]["train/loss"] == pytest.approx(one[1]["train/loss"], rel=1e-5)
 
 
-KILLS = [("ipo", 5, []), ("simpo", 3, []), ("kto", 6, []), ("oaif", 4, []), ("oaif", 5, ["--lora-rank", "4"])]
+KILLS = [
+    ("dpo", 0, []),
+    ("ipo", 5, []),
+    ("simpo", 3, []),
+    ("kto", 6, []),
+    ("oaif", 4, []),
+    ("oaif", 5, ["--lora-rank", "4"]),
+]
 KILLS += [("pre_dpo", at, []) for at in (4, 7, 11)] + [("spin", at, []) for at in (2, 5, 8)]
 KILLS += [("rlhf_ppo", at, []) for at in (3, 4, 6, 7, 16)]  # PPO clips two gradients an update, with two updates a step
 KILLS += [(name, at, ["--lora-rank", "4"]) for name, at in (("dpo", 4), ("pre_dpo", 7), ("spin", 8), ("rlhf_ppo", 12))]
@@ -264,6 +273,11 @@ def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
     with pytest.raises(SystemExit, match="has changed since the run"):
         dpo.main(dpo.Args(**flags, resume=True))
+
+
+def test_resuming_needs_a_folder():
+    with pytest.raises(SystemExit, match="--resume needs --output-dir"):
+        start("dpo", TOY / "policy", resume=True)
 
 
 def test_files_in_a_folder_without_a_run_are_left_alone(tmp_path):
