@@ -60,7 +60,7 @@ def clip_or_die(*args):
     return clip(*args)
 script.torch.nn.utils.clip_grad_norm_ = clip_or_die
 if {at} == 0:
-    script.transformers.PreTrainedTokenizerBase.save_pretrained = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    script.transformers.PreTrainedTokenizerBase.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 script.main(script.tyro.cli(script.Args))
 """
 
