@@ -101,7 +101,7 @@ class Args:
     max_length: int = 1024  # longest prompt with answer, in tokens; longer pairs are dropped
     # --- optimisation ---
     batch_size: int = 64  # pairs per optimiser step, over all devices
-    micro_batch_tokens: int = 8192 if CUDA else 2048  # padded tokens of a pass: only about speed and memory
+    micro_batch_tokens: int = 8192 if CUDA else 2048  # padded tokens in a pass; affects speed and memory only
     num_train_epochs: int = 1  # passes over the training pairs
     max_steps: int | None = None  # most optimiser steps; 0 = only evaluate
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # constant: no warm-up, no decay
