@@ -19,7 +19,8 @@ INTRODUCTION = """\
 
 Each section shows what a method changes of DPO: the diff of its script against [dpo.py](dpo.py), without the docstrings
 at the top, with two lines of context and the line numbers of the files. `python benchmarks/diffs.py` writes this page
-from the scripts.
+from the scripts. pre_dpo.py, spin.py, oaif.py and rlhf_ppo.py still stand on an older core, which pads its rows and has
+its training loop in a function `train`: compare them with each other, as in `git diff --no-index pre_dpo.py spin.py`.
 
 | script | method | lines | changed lines |
 | --- | --- | --- | --- |
@@ -50,47 +51,10 @@ answers, see `make_examples`.) As in DPO there is a log-ratio to the reference, 
 another answer. It is compared with `z0`, an estimate of how far the policy has moved from the reference on the whole,
 which is made from answers to other prompts and passes no gradient. So the fields of a pair mean other things in
 training: `chosen_ids` is the example's answer, `preference_prob` is 1 if that is desirable and 0 if not, and
-`rejected_ids` is the answer to another prompt (`add_others`). The loss flattens on both sides: an answer that is far on
+`rejected_ids` is the answer to another prompt (`add_others`). The step passes over its micro-batches twice: first for
+`z0`, without gradients, then for the losses. The loss flattens on both sides: an answer that is far on
 the right side already, or hopelessly far on the wrong one, has little pull. `find_weights` makes up for unequal numbers
 of good and bad answers.""",
-    ),
-    "pre_dpo": (
-        "Pre-DPO",
-        """\
-The loss is DPO's, with one more metric. What changes is the reference: it is not the initial policy but a guide, which
-was trained on the same pairs before. `train_guide` is the `main` of dpo.py, or of simpo.py, in small. All that stage 2
-needs of the guide is how likely it finds the answers of the pairs. These numbers are kept in a file, so the guide takes
-no memory in stage 2, and a run that is resumed there does not train it again. Then the policy is loaded afresh: it
-starts from the initial model, not from the guide.""",
-    ),
-    "spin": (
-        "Self-play fine-tuning",
-        """\
-The loss is DPO's without soft labels; the pairs are others. The chosen answer is the ground truth of supervised data,
-which is all that `split_row` reads, and the rejected one is the policy's own. `main` becomes a loop. In each iteration
-the policy as it stands is the opponent: it answers the prompts (`play`) and is the reference as well. Then it is
-trained to prefer the truth to these answers (`train_iteration`), and the result is the next opponent. The pairs of an
-iteration are kept in a file, because the policy that wrote them is gone when a run is resumed.""",
-    ),
-    "oaif": (
-        "Online AI feedback",
-        """\
-The pairs are made during training. Before each update, `make_pairs` lets the policy answer every prompt of the batch
-twice, and an annotator says which answer is better; of the training data only the prompts are used. Most of the new
-lines are this annotator: the question, put in both orders of the two answers, and the reply, read from the
-probabilities of `1` and `2`. The reference is needed in every step, so it stays in memory. The loss is one line for
-three methods: DPO, IPO and SLiC.""",
-    ),
-    "rlhf_ppo": (
-        "Supervised fine-tuning, reward model, PPO",
-        """\
-This is the long way that DPO cuts short. DPO's insight is that the policy can be its own reward model, so that one loss
-on pairs will do. Here the reward model is a model of its own, trained on the pairs with the same Bradley-Terry
-likelihood (`compute_reward_loss`), and the policy learns to please it by reinforcement learning, with a price on its KL
-divergence from the reference. So there is a stage of supervised fine-tuning to start from, a scalar head
-(`token_scores`), answers sampled in every step (`roll_out`), a value model with its advantages (`estimate_advantages`)
-and PPO's clipped ratio (`compute_loss`). Begin with `main`, at the end. What is not in the diff is shared even so far
-from DPO: data, batches, forward passes, training loop, sampling and evaluation.""",
     ),
 }
 

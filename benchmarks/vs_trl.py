@@ -153,31 +153,31 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """dpo.py's main, watched."""
     import dpo
 
-    watch, models, rows = Watch(job), [], []
-    token_logps, add_reference = dpo.token_logps, dpo.add_reference
+    watch, models, visited = Watch(job), [], []
+    forward, add_reference = dpo.forward, dpo.add_reference
 
-    def watched_logps(model, some):
-        if dpo.torch.is_grad_enabled():  # a micro-batch is two calls: chosen, then rejected
-            rows.extend(some)
-            watch.micro_batch(len(some) / 2, sum(len(prompt) + len(answer) for prompt, answer in some))
-        return token_logps(model, some)
+    def watched_forward(model, pairs):
+        if dpo.torch.is_grad_enabled():
+            visited.extend(pairs)
+            watch.micro_batch(len(pairs), sum(map(len, pairs)))
+        return forward(model, pairs)
 
     def watched_reference(run, model, *rest):
         models.append(model)
         with dpo.torch.no_grad():
-            token_logps(model, [([0] * 64, [0] * 64)])  # warm-up
+            dpo.token_logps(model, [([0] * 64, [0] * 64)])  # warm-up
         start = watch.now()
         pairs = add_reference(run, model, *rest)
         watch.reference_seconds += watch.now() - start
         return pairs
 
-    def cut_like_trl(lengths, tokens):
+    def cut_like_trl(lengths, tokens, rank=0, world_size=1):
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         size = job["args"]["device_batch"]
         return [order[k : k + size] for k in range(0, len(order), size)]
 
-    dpo.token_logps, dpo.add_reference = watched_logps, watched_reference
-    dpo.evaluate, dpo.finish_run = (lambda *_: {}), (lambda *_: None)
+    dpo.forward, dpo.add_reference = watched_forward, watched_reference
+    dpo.evaluate, dpo.save_model = (lambda *_, **__: {}), (lambda *_: None)
     if job["contest"] != "defaults":
         dpo.micro_batches = cut_like_trl
     places = {"dataset_name": job["data"], "output_dir": str(folder / "run")}
@@ -187,10 +187,7 @@ def run_cleanpo(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         return watch.result(models[0])
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     metrics = [{name: row[f"train/{name}"] for name in METRICS} for row in logged if row["step"] > 0]
-    size, pairs = job["args"]["device_batch"], []
-    for k in range(0, len(rows), 2 * size):
-        chosen, rejected = rows[k : k + size], rows[k + size : k + 2 * size]
-        pairs += [(prompt, answer, other) for (prompt, answer), (_, other) in zip(chosen, rejected, strict=True)]
+    pairs = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in visited]
     return watch.result(models[0]) | {"metrics": metrics, "pairs": pairs}
 
 

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "rlhf_ppo"]
+PACKED = ["dpo", "ipo", "simpo", "kto"]  # whose rows lie one behind another; the others are to follow, and pad them
 # What is shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
 DPO_AND_SLOWLY_THE_OTHERS = [pytest.param(name, marks=[] if name == "dpo" else pytest.mark.slow) for name in SCRIPTS]
 
@@ -33,11 +34,14 @@ FAMILIES = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama-untied": ("LlamaConfig", {"tie_word_embeddings": False}),
     "qwen3": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 6}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6}),
     "granite": ("GraniteConfig", {"logits_scaling": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.7}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
     "gpt2": ("GPT2Config", {}),
-    "bert": ("BertConfig", {}),
 }
 
 
@@ -128,14 +132,25 @@ def text_pairs(count):
     ]
 
 
-def make_batch(count=5, seed=0, **changes):
-    """A Batch of random numbers in float64."""
+def make_batch(count=5, seed=0, script="dpo", **changes):
+    """A Batch of random numbers in float64; `changes` are named by their side, as in chosen_logps."""
     import torch
 
-    fields, generator = load_script("dpo").Batch._fields, torch.Generator().manual_seed(seed)
-    values = {name: torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20 for name in fields}
-    values["preference_prob"] = torch.ones(count, dtype=torch.float64)
-    return load_script("dpo").Batch(**values | changes)
+    Batch, generator = load_script(script).Batch, torch.Generator().manual_seed(seed)
+    values = {"preference_prob": torch.ones(count, dtype=torch.float64)}
+    for field in ("logps", "ref_logps", "lengths"):
+        for side in ("chosen", "rejected"):
+            name = f"ref_{side}_logps" if field == "ref_logps" else f"{side}_{field}"
+            values[name] = torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20
+    values |= changes
+    if "logps" not in Batch._fields:
+        return Batch(**values)
+    return Batch(
+        logps=torch.stack([values["chosen_logps"], values["rejected_logps"]]),
+        ref_logps=torch.stack([values["ref_chosen_logps"], values["ref_rejected_logps"]]),
+        lengths=torch.stack([values["chosen_lengths"], values["rejected_lengths"]]),
+        preference_prob=values["preference_prob"],
+    )
 
 
 def minimise(loss, size):

@@ -72,13 +72,12 @@ def test_data(tmp_path, monkeypatch):
     assert len(test) == len(validation) == 256 and not prompts[0] & prompts[1]
     assert sum(row["label"] for row in few) == 256 and len(few) == 2816
     dpo, run = load_script("dpo"), start("dpo", ROOT / "toy/policy")
-    judge = dpo.load_model(run, str(ROOT / "toy/judge"), dpo.AutoModelForSequenceClassification)
-    for row in pairs[:40]:
-        better, worse = [
-            dpo.judge_text(judge, run.tokenizer, row["prompt"], row[side][0]["content"])
-            for side in ("chosen", "rejected")
-        ]
-        assert better > worse
+    rows = dpo.encode_rows(run, pairs[:40], "train")
+    better, worse = [
+        dpo.judge(run, str(ROOT / "toy/judge"), rows, [row[side][0]["content"] for row in pairs[:40]])
+        for side in ("chosen", "rejected")
+    ]
+    assert all(score > other for score, other in zip(better, worse, strict=True))
 
 
 def test_a_run_gives_the_same_numbers_again(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ BAD_ROWS = {
     "has ['question']": {"question": "a"},
     "has ['prompt', 'rejected']": {"prompt": "a", "chosen": "", "rejected": "c"},
     "preference_prob is 1.5": {"prompt": "a", "chosen": "b", "rejected": "c", "preference_prob": 1.5},
+    "preference_prob is '0.7'": {"prompt": "a", "chosen": "b", "rejected": "c", "preference_prob": "0.7"},
 }
 
 
@@ -76,18 +77,22 @@ def test_file_without_a_test_split(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_micro_batches(monkeypatch, world_size):
-    """Every row once, no group over the limit, and as many groups on each process."""
-    monkeypatch.setattr(dpo, "WORLD_SIZE", world_size)
+def test_micro_batches(world_size):
+    """Every row once, equally many groups on each process, all of about the wanted size."""
     lengths = torch.randint(1, 60, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    plans = []
-    for rank in range(world_size):
-        monkeypatch.setattr(dpo, "RANK", rank)
-        plans.append(dpo.micro_batches(lengths, 100))
-        for group in plans[-1]:
-            assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 100
-    assert sorted(sum([sum(plan, []) for plan in plans], [])) == list(range(60))
+    plans = [dpo.micro_batches(lengths, 100, rank, world_size) for rank in range(world_size)]
+    groups = sum(plans, [])
+    assert sorted(sum(groups, [])) == list(range(60))
     assert len({len(plan) for plan in plans}) == 1
+    totals = [sum(lengths[i] for i in group) for group in groups]
+    assert max(totals) <= 100 + max(lengths) and max(totals) - min(totals) <= max(lengths)
+    for same_round in zip(*plans, strict=True):  # FSDP needs as many passes on each process
+        assert len({len(group) for group in same_round}) == 1
+
+
+@pytest.mark.parametrize("lengths, tokens", [([500, 400], 100), ([7], 1000), ([], 10)])
+def test_micro_batches_of_few_rows(lengths, tokens):
+    assert sorted(sum(dpo.micro_batches(lengths, tokens, 0, 1), [])) == list(range(len(lengths)))
 
 
 def test_batches_leave_out_other_pairs_in_each_epoch(monkeypatch):
@@ -98,3 +103,29 @@ def test_batches_leave_out_other_pairs_in_each_epoch(monkeypatch):
     assert set(sum(batches[:2], [])) != set(sum(batches[2:], []))
     with pytest.raises(SystemExit, match="error: a step of 6 does not divide"):
         dpo.plan_batches(dpo.Args(batch_size=6), 19)
+
+
+def test_csv_with_a_header(tmp_path):
+    file = tmp_path / "pairs.csv"
+    lines = [f'"Review, the {i}.",good {i},bad,0.9' for i in range(10)]
+    file.write_text("\n".join(["prompt,chosen,rejected,preference_prob", *lines]))
+    train_pairs, test_pairs = dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(file)))
+    assert (len(train_pairs), len(test_pairs)) == (9, 1)
+    assert (train_pairs[3].prompt, train_pairs[3].preference_prob) == ("Review, the 3.", 0.9)
+
+
+def test_an_answer_may_call_a_tool_instead_of_saying_something():
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+    row = {"prompt": chat("a"), "chosen": call, "rejected": chat("a", "b")[1:]}
+    assert dpo.split_row(row, "row 0")[1] == call
+    with pytest.raises(SystemExit, match="^error: row 0 has"):
+        dpo.split_row(row | {"chosen": [{"role": "assistant", "content": None}]}, "row 0")
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("beta", -1.0), ("label_smoothing", 2.0), ("lora_rank", -1), ("beta", float("nan"))]
+    + [(flag, 0) for flag in ("batch_size", "eval_steps", "max_new_tokens", "micro_batch_tokens")],
+)  # fmt: skip
+def test_flags_out_of_range(flag, value):
+    with pytest.raises(SystemExit, match=f"^error: --{flag.replace('_', '-')} {value} is not from"):
+        start("dpo", TOY / "policy", **{flag: value})

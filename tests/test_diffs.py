@@ -3,12 +3,11 @@
 import re
 
 import pytest
-from conftest import ROOT, load_script
+from conftest import PACKED, ROOT, load_script
 
 diffs = load_script("benchmarks/diffs")
 PAGE = (ROOT / "DIFFS.md").read_text(encoding="utf-8")
-SIBLINGS = [path.stem for path in ROOT.glob("*.py") if "# region method: header" in path.read_text(encoding="utf-8")]
-SIBLINGS.remove("dpo")
+SIBLINGS = PACKED[1:]
 
 
 def read_lines(name):

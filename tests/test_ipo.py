@@ -17,7 +17,7 @@ def bandit_policy(script, pairs, actions, **options):
         policy = theta.log_softmax(-1)
         sides = {"chosen_logps": policy[first], "rejected_logps": policy[second]}
         sides |= {"ref_chosen_logps": reference[first], "ref_rejected_logps": reference[second]}
-        return script.compute_loss(make_batch(len(pairs), **sides), **options)[0].mean()
+        return script.compute_loss(make_batch(len(pairs), script=script.__name__, **sides), **options)[0].mean()
 
     return minimise(loss, actions).softmax(-1)
 
@@ -26,13 +26,11 @@ def bandit_policy(script, pairs, actions, **options):
 def test_loss_and_gradient(normalize):
     lengths = {"chosen_lengths": torch.tensor([2.0, 3, 5, 7, 1]), "rejected_lengths": torch.tensor([4.0, 1, 5, 2, 9])}
     batch = make_batch(**lengths)
-    batch.chosen_logps.requires_grad_()
-    batch.rejected_logps.requires_grad_()
+    batch.logps.requires_grad_()
     losses, metrics = ipo.compute_loss(batch, beta=0.2, normalize=normalize, label_smoothing=0.0)
-    gradients = torch.autograd.grad(losses.sum(), [batch.chosen_logps, batch.rejected_logps])
+    gradients = torch.autograd.grad(losses.sum(), batch.logps)[0]
     for i in range(5):
-        chosen = (batch.chosen_logps[i] - batch.ref_chosen_logps[i]).item()
-        rejected = (batch.rejected_logps[i] - batch.ref_rejected_logps[i]).item()
+        chosen, rejected = (batch.logps - batch.ref_logps)[:, i].tolist()
         a, b = (lengths["chosen_lengths"][i], lengths["rejected_lengths"][i]) if normalize else (1, 1)
         h = chosen / a - rejected / b
         assert losses[i].item() == pytest.approx((h - 2.5) ** 2)

@@ -47,14 +47,21 @@ def test_rows(form):
     assert examples == [(ids, label) for ids, label in ((pair.chosen_ids, 1.0), (pair.rejected_ids, 0.0)) if ids]
 
 
-@pytest.mark.parametrize("row", [{"prompt": "a", "label": True}, {"prompt": "a", "completion": "", "label": False}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "label": True},
+        {"prompt": "a", "completion": "", "label": False},
+        {"prompt": "a", "completion": "b", "label": "False"},
+    ],
+)
 def test_bad_rows_end_the_run(row):
-    with pytest.raises(SystemExit, match="^error: row 0 of split train has "):
+    with pytest.raises(SystemExit, match="^error: row 0 of split train(: label is 'False'| has )"):
         kto.encode_rows(start("kto", TOY / "policy"), [row], "train")
 
 
 def make_examples(desirable, undesirable):
-    pair = kto.Pair(0, "a", [5], [6], [7], 1.0)
+    pair = kto.Pair(0, "a", {}, [5], [6], [7], 1.0)
     examples = kto.make_examples([pair] * max(desirable, undesirable))
     kinds = ((1.0, desirable), (0.0, undesirable))
     return sum([[e for e in examples if e.preference_prob == kind][:count] for kind, count in kinds], [])
@@ -73,7 +80,7 @@ def test_examples_of_one_kind_end_the_run():
 
 
 def test_other_answers_are_those_of_the_example_before_within_the_step():
-    pairs = [kto.Pair(row, "a", [5], [10 + row], [], 1.0) for row in range(5)]
+    pairs = [kto.Pair(row, "a", {}, [5], [10 + row], [], 1.0) for row in range(5)]
     examples, batches = kto.add_others(pairs, [[3, 0, 4], [2, 1]], max_length=2)
     assert [(e.row, e.chosen_ids, e.rejected_ids) for e in examples] == [
         (3, [13], [14]), (0, [10], [13]), (4, [14], [10]), (2, [12], [11]), (1, [11], [12]),

@@ -1,6 +1,7 @@
 """The loss of DPO in closed form, and what all the losses of pairs have in common."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ dpo = load_script("dpo")
 @pytest.mark.parametrize("prob", [0.0, 0.3, 1.0])
 def test_loss_is_log_2_where_policy_and_reference_agree(prob, smoothing):
     batch = make_batch(preference_prob=torch.full((5,), prob, dtype=torch.float64))
-    batch = batch._replace(ref_chosen_logps=batch.chosen_logps, ref_rejected_logps=batch.rejected_logps)
+    batch = batch._replace(ref_logps=batch.logps)
     losses, metrics = dpo.compute_loss(batch, beta=0.7, label_smoothing=smoothing)
     assert losses.shape == (5,)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)))
@@ -25,12 +26,10 @@ def test_loss_is_log_2_where_policy_and_reference_agree(prob, smoothing):
 def test_gradient_is_that_of_the_paper(beta):
     """Section 4 of the paper: -beta sigma(r(y_l) - r(y_w)) [grad log pi(y_w|x) - grad log pi(y_l|x)]."""
     batch = make_batch()
-    batch.chosen_logps.requires_grad_()
-    batch.rejected_logps.requires_grad_()
+    batch.logps.requires_grad_()
     losses, metrics = dpo.compute_loss(batch, beta=beta, label_smoothing=0.0)
-    chosen_gradient, rejected_gradient = torch.autograd.grad(losses.sum(), [batch.chosen_logps, batch.rejected_logps])
-    chosen_rewards = beta * (batch.chosen_logps - batch.ref_chosen_logps).detach()
-    rejected_rewards = beta * (batch.rejected_logps - batch.ref_rejected_logps).detach()
+    chosen_gradient, rejected_gradient = torch.autograd.grad(losses.sum(), batch.logps)[0]
+    chosen_rewards, rejected_rewards = beta * (batch.logps - batch.ref_logps).detach()
     weight = torch.sigmoid(rejected_rewards - chosen_rewards)
     torch.testing.assert_close(chosen_gradient, -beta * weight)
     torch.testing.assert_close(rejected_gradient, beta * weight)
@@ -56,7 +55,7 @@ def test_conservative_gradient_vanishes_where_the_policy_is_as_sure_as_the_label
 def test_soft_labels_and_smoothing_mix_the_two_orders(prob, smoothing):
     batch = make_batch(preference_prob=torch.full((5,), prob, dtype=torch.float64))
     losses, _ = dpo.compute_loss(batch, beta=0.3, label_smoothing=smoothing)
-    ratios = [batch.chosen_logps - batch.ref_chosen_logps, batch.rejected_logps - batch.ref_rejected_logps]
+    ratios = batch.logps - batch.ref_logps
     h = ratios[0] - ratios[1]
     p = prob * (1 - smoothing) + (1 - prob) * smoothing
     forth, back = (1 + (-0.3 * h).exp()).log(), (1 + (0.3 * h).exp()).log()
@@ -113,15 +112,11 @@ def test_soft_labels_mix_the_loss_of_a_pair_and_of_the_pair_exchanged(name, prob
     script, function, options = LOSSES[name]
     compute_loss = getattr(load_script(script), function)
     lengths = {"chosen_lengths": torch.tensor([3.0, 1, 4, 1, 5]), "rejected_lengths": torch.tensor([2.0, 7, 1, 8, 2])}
-    batch = make_batch(**lengths)
-    exchanged = batch._replace(
-        chosen_logps=batch.rejected_logps,
-        rejected_logps=batch.chosen_logps,
-        ref_chosen_logps=batch.ref_rejected_logps,
-        ref_rejected_logps=batch.ref_chosen_logps,
-        chosen_lengths=batch.rejected_lengths,
-        rejected_lengths=batch.chosen_lengths,
-    )
+    sides = {f"{side}_logps": 10 * torch.rand(5, dtype=torch.float64) - 20 for side in ("chosen", "rejected")}
+    sides |= {f"ref_{name}": 10 * torch.rand(5, dtype=torch.float64) - 20 for name in list(sides)} | lengths
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    others = {re.sub("chosen|rejected", lambda found: swapped[found[0]], name): side for name, side in sides.items()}
+    batch, exchanged = make_batch(script=script, **sides), make_batch(script=script, **others)
     forth, back = (compute_loss(b, **options, label_smoothing=0.0)[0] for b in (batch, exchanged))
     assert not torch.allclose(forth, back)
     p = prob * (1 - smoothing) + (1 - prob) * smoothing

@@ -8,49 +8,119 @@ from conftest import load_script, start
 dpo = load_script("dpo")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "qwen3", "gemma2", "granite", "cohere", "gpt2"])
-def test_token_logps_and_samples_are_those_of_single_rows(tiny_model, family):
-    """Padding, the mask of logits and the cache change nothing: a row alone, without any of them, gives the same."""
-    run = start("dpo", tiny_model(family), max_new_tokens=12)
-    model = dpo.load_model(run, run.args.model_name_or_path)
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for prompt, answer in ((3, 4), (9, 1), (5, 12)):
+def draw_rows(*lengths):
+    """Rows (prompt, answer) of random tokens."""
+    generator, rows = torch.Generator().manual_seed(1), []
+    for prompt, answer in lengths:
         ids = torch.randint(2, 800, (prompt + answer,), generator=generator).tolist()
         rows.append((ids[:prompt], ids[prompt:]))
+    return rows
+
+
+def naive_logps(path, prompt, answer):
+    """Of each token of an answer, by the model alone and as it is loaded."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return logps[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+
+
+# How each family passes: packed rows, or one row after another with the model's own attention and head.
+ATTENTION = dict.fromkeys(["llama", "llama-untied", "qwen3", "mistral", "mixtral", "gemma3", "gpt-neox"], "packed")
+ATTENTION |= {"gpt2": "packed", "gemma2": "eager", "granite": "sdpa", "cohere": "sdpa"}
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_families(tiny_model, family):
+    """Log-probabilities and their gradient are those of each row alone, and sampling at no temperature is greedy."""
+    path, rows = tiny_model(family), draw_rows((3, 4), (9, 1), (5, 12))
+    run = start("dpo", path, max_new_tokens=6)
+    model = dpo.load_model(run, path, trainable=True)
+    assert model.config._attn_implementation == ATTENTION[family]
+    found = dpo.token_logps(model, rows)
+    for logps, row in zip(found, rows, strict=True):
+        torch.testing.assert_close(logps, naive_logps(path, *row), rtol=1e-5, atol=1e-4)
+    torch.cat(found).sum().backward()
+    naive = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for prompt, answer in rows:
+        logps = naive(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        logps[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer].sum().backward()
+    for weight, expected in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-3, atol=1e-3)
+    with dpo.inference(model):
+        answers = dpo.generate(run, model, [prompt for prompt, _ in rows], seed=5, temperature=1e-6)
+    for (prompt, _), answer in zip(rows, answers, strict=True):
+        greedy = []
+        while len(greedy) < 6 and (not greedy or greedy[-1] not in run.stop_ids):
+            greedy.append(naive(torch.tensor([prompt + greedy])).logits[0, -1].argmax().item())
+        assert answer == greedy
+
+
+def test_long_answers_pass_the_head_in_chunks(tiny_model):
+    """2,500 tokens: with one pass through the head and with two, values and gradients are equal."""
+    path = tiny_model(max_position_embeddings=4096)
+    run, rows = start("dpo", path), draw_rows((3, 2500))
+    model = dpo.load_model(run, path, trainable=True)
+    (logps,) = dpo.token_logps(model, rows)
+    logps.sum().backward()
+    torch.testing.assert_close(logps, naive_logps(path, *rows[0]), rtol=1e-4, atol=1e-3)
+    naive = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt, answer = rows[0]
+    naive(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[range(2, 2502), answer].sum().backward()
+    for weight, expected in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_samples_have_the_frequencies_of_the_model(tiny_model):
+    """First tokens of many answers to one prompt, at a temperature, against the model's own probabilities."""
+    path = tiny_model()
+    run = start("dpo", path, max_new_tokens=1)
+    model, prompt = dpo.load_model(run, path), [5, 6, 7]
     with torch.no_grad():
-        found = dpo.token_logps(model, rows).sum(-1)
-        answers = dpo.generate(run, model, [prompt for prompt, _ in rows], seed=5, temperature=0.7)
-        uniforms = torch.rand(3, 12, generator=torch.Generator().manual_seed(5))
-        for i, (prompt, answer) in enumerate(rows):
-            logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            expected = sum(logps[len(prompt) - 1 + k, token].item() for k, token in enumerate(answer))
-            assert found[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-4)
-            sampled = []
-            while len(sampled) < 12 and (not sampled or sampled[-1] not in run.stop_ids):
-                cdf = (model(torch.tensor([prompt + sampled])).logits[0, -1] / 0.7).softmax(-1).cumsum(-1)
-                sampled.append(torch.searchsorted(cdf, uniforms[i, len(sampled)] * cdf[-1], right=True).item())
-            assert answers[i] == sampled
+        answers = dpo.generate(run, model, [prompt] * 4000, seed=3, temperature=0.7)
+        probs = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
+    counts = torch.bincount(torch.tensor(answers)[:, 0], minlength=len(probs))
+    for token in probs.topk(5).indices:
+        expected = 4000 * probs[token].item()
+        assert abs(counts[token].item() - expected) < 5 * expected**0.5
 
 
-def test_pairs_pass_together_as_on_a_gpu_or_apart(tiny_model, data, monkeypatch):
+def test_a_model_passes_its_own_sampling_settings_by(tiny_model, tmp_path):
+    """A generation_config.json with few candidates and a penalty is not obeyed; its end-of-sequence tokens are."""
+    path = tiny_model()
+    model, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(path),
+        transformers.AutoTokenizer.from_pretrained(path),
+    )
+    run, prompts = start("dpo", path, max_new_tokens=12), [[5, 6, 7], [8, 9]]
+    expected = dpo.generate(run, dpo.load_model(run, path), prompts, seed=1, temperature=1.0)
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0, eos_token_id=[0, 11]
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = start("dpo", tmp_path, max_new_tokens=12)
+    assert set(run.stop_ids) == {0, 11}
+    found = dpo.generate(run, dpo.load_model(run, str(tmp_path)), prompts, seed=1, temperature=1.0)
+    assert [dpo.cut_answer(answer, [0, 11]) for answer in expected] == found
+
+
+def test_batch_of_pairs(tiny_model, data):
     run = start("dpo", tiny_model(), dataset_name=str(data))
     model, pairs = dpo.load_model(run, run.args.model_name_or_path), dpo.load_pairs(run)[0][:5]
-    apart = dpo.forward(model, pairs)
-    monkeypatch.setattr(dpo, "CUDA", True)
-    for together, value in zip(dpo.forward(model, pairs), apart, strict=True):
-        torch.testing.assert_close(together, value, rtol=1e-5, atol=1e-4)
+    pairs = [dpo.replace(pair, ref_logps=(-float(i), -2.0 * i)) for i, pair in enumerate(pairs)]
+    batch = dpo.forward(model, pairs)
     for i, pair in enumerate(pairs):
-        for name, logps in (("chosen_ids", apart.chosen_logps), ("rejected_ids", apart.rejected_logps)):
-            expected = dpo.token_logps(model, [(pair.prompt_ids, getattr(pair, name))]).sum()
-            torch.testing.assert_close(logps[i], expected, rtol=1e-5, atol=1e-4)
+        for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            expected = naive_logps(run.args.model_name_or_path, pair.prompt_ids, answer).sum()
+            torch.testing.assert_close(batch.logps[side, i], expected, rtol=1e-5, atol=1e-4)
+            assert batch.ref_logps[side, i] == -(1.0 + side) * i and batch.lengths[side, i] == len(answer)
 
 
 def test_dropout_is_off(tiny_model):
-    run = start("dpo", tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
-    model = dpo.load_model(run, run.args.model_name_or_path, trainable=True).train()
+    run = start("dpo", tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5), gradient_checkpointing=True)
+    model = dpo.load_model(run, run.args.model_name_or_path, trainable=True)
     rows = [([5, 6, 7], [8, 9])]
-    assert torch.equal(dpo.token_logps(model, rows), dpo.token_logps(model, rows))
+    assert torch.equal(dpo.token_logps(model, rows)[0], dpo.token_logps(model, rows)[0])
 
 
 def test_weights_missing_from_the_files(tiny_model):
@@ -78,7 +148,7 @@ def test_root_is_sharded_again_after_a_pass_without_gradients(tiny_model):
             assert weight.dtype == torch.float32 and type(weight.data).__name__ == "DTensor"
             assert weight.grad is not None
 
-    dpo.token_logps(model, rows).sum().backward()
+    dpo.token_logps(model, rows)[0].sum().backward()
     with torch.no_grad():
         dpo.token_logps(model, rows)
     assert_sharded()

@@ -28,17 +28,18 @@ def naive_margins(model, pairs, mean=False):
 
 
 def test_losses_of_the_guides_are_those_of_dpo_and_simpo():
-    batch = make_batch(preference_prob=torch.rand(5, dtype=torch.float64), **LENGTHS)
-    assert torch.equal(pre_dpo.compute_loss(batch, 0.3, 0.1)[0], dpo.compute_loss(batch, 0.3, 0.1)[0])
+    fields = LENGTHS | {"preference_prob": torch.rand(5, dtype=torch.float64)}
+    batch, expected_batch = make_batch(script="pre_dpo", **fields), make_batch(script="dpo", **fields)
+    assert torch.equal(pre_dpo.compute_loss(batch, 0.3, 0.1)[0], dpo.compute_loss(expected_batch, 0.3, 0.1)[0])
     losses, metrics = pre_dpo.compute_simpo_loss(batch, 2.5, 1.2, 0.1)
-    expected, others = simpo.compute_loss(batch, 2.5, 1.2, 0.1)
+    expected, others = simpo.compute_loss(expected_batch, 2.5, 1.2, 0.1)
     assert torch.equal(losses, expected) and all(torch.equal(metrics[name], others[name]) for name in metrics)
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_the_weight_is_that_of_the_gradient(beta):
     """The gradient is -beta weight [grad log pi(y_w) - grad log pi(y_l)]; where policy and guide agree it is 1/2."""
-    batch = make_batch()
+    batch = make_batch(script="pre_dpo")
     batch = batch._replace(ref_chosen_logps=torch.cat([batch.chosen_logps[:1], batch.ref_chosen_logps[1:]]))
     batch = batch._replace(ref_rejected_logps=torch.cat([batch.rejected_logps[:1], batch.ref_rejected_logps[1:]]))
     batch.chosen_logps.requires_grad_()
@@ -60,7 +61,9 @@ def test_both_optima_amount_to_dpo_with_a_smaller_beta(betas):
             policy = theta.log_softmax(-1)
             sides = {"chosen_logps": policy[first], "rejected_logps": policy[second]}
             sides |= {"ref_chosen_logps": reference[first], "ref_rejected_logps": reference[second]}
-            batch = make_batch(16, **sides, preference_prob=torch.sigmoid(reward[first] - reward[second]))
+            batch = make_batch(
+                16, script="pre_dpo", **sides, preference_prob=torch.sigmoid(reward[first] - reward[second])
+            )
             return pre_dpo.compute_loss(batch, beta, 0.0)[0].mean()
 
         return minimise(loss, 4).log_softmax(-1)

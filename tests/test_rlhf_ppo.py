@@ -167,12 +167,12 @@ def test_saved_reward_model_judges_as_it_was_trained(form, bos, tiny_model, tmp_
     folder = rlhf.save_stage(
         run, model, kind, str(policy), rlhf.judge_tokenizer(run, rows[0]["prompt"]), "reward_model"
     )
-    judge, tokenizer = plain(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for pair in rlhf.encode_rows(run, rows, "train"):
         assert pair.chosen_ids.index(0) == len(pair.chosen_ids) - 1
         text = run.tokenizer.decode(pair.chosen_ids, skip_special_tokens=True)
         expected = naive_scores(model, pair.prompt_ids, pair.chosen_ids)[-1].item()
-        assert load_script("dpo").judge_text(judge, tokenizer, pair.prompt, text) == pytest.approx(expected, abs=1e-4)
+        (score,) = load_script("dpo").judge(run, folder, [pair], [text])
+        assert score == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_the_reference_does_not_matter():
     batch = make_batch()
     options = {"beta": 2.5, "gamma": 1.25, "label_smoothing": 0.1}
     losses, _ = simpo.compute_loss(batch, **options)
-    other, _ = simpo.compute_loss(batch._replace(ref_chosen_logps=torch.zeros(5) - 3), **options)
+    other, _ = simpo.compute_loss(batch._replace(ref_logps=torch.zeros(2, 5) - 3), **options)
     assert torch.equal(losses, other)
 
 

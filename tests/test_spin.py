@@ -42,7 +42,7 @@ def naive_sample(model, prompt, luck):
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
 def test_loss_and_gradient(beta):
-    batch = make_batch()
+    batch = make_batch(script="spin")
     batch.chosen_logps.requires_grad_()
     losses, _ = spin.compute_loss(batch, beta)
     (gradient,) = torch.autograd.grad(losses.sum(), batch.chosen_logps)
@@ -59,7 +59,9 @@ def expected_loss(truth, opponent, beta):
 
     def loss(theta):
         policy = theta.log_softmax(-1)
-        batch = make_batch(len(own), chosen_logps=policy[own], rejected_logps=policy[other], **references)
+        batch = make_batch(
+            len(own), script="spin", chosen_logps=policy[own], rejected_logps=policy[other], **references
+        )
         return ((truth[own] + opponent[other]).exp() * spin.compute_loss(batch, beta)[0]).sum()
 
     return loss
