@@ -88,29 +88,27 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # --- evaluation ---
     eval_steps: int = 50  # steps between evaluations; the first and the last step are always evaluated
-    num_eval_prompts: int = 256  # test pairs to evaluate on, with their prompts to answer; 0 = all, and no answers
+    num_eval_prompts: int = 256  # test pairs to evaluate on, and prompts to answer; 0 = all pairs, but no answers
     max_new_tokens: int = 128  # longest sampled response, in tokens
     judge_name_or_path: str | None = None  # reward model, or .py file with reward(prompts, completions, **columns)
     # --- run ---
     seed: int = 1  # of the order of the data, the sampling and LoRA's initial weights
     output_dir: str | None = None  # folder of the run; None = runs/<script>__<seed>__<time>
-    save_steps: int = 0  # steps between checkpoints; 0 = none
-    resume: bool = False  # go on with the run in --output-dir, with its flags, from its last checkpoint
+    save_steps: int = 0  # steps between checkpoints, of which the newest is kept; 0 = none
+    resume: bool = False  # go on from the last checkpoint in --output-dir; give all other flags as before
     track: bool = False  # log to Weights & Biases as well
 
 
-class Batch(NamedTuple):
-    """A micro-batch of B pairs, in float32. A field (2, B) has a line for chosen and a line for rejected answers."""
-
-    logps: torch.Tensor  # (2, B), log-probabilities of whole answers
+class Batch(NamedTuple):  # a micro-batch of B pairs, in float32
+    logps: torch.Tensor  # (2, B), log-probabilities of the chosen and of the rejected answers
     ref_logps: torch.Tensor  # (2, B), the reference's
-    lengths: torch.Tensor  # (2, B), tokens of the answers
-    preference_prob: torch.Tensor  # (B,)
+    lengths: torch.Tensor  # (2, B), tokens of these answers, for losses of means
+    preference_prob: torch.Tensor  # (B,), how likely the chosen answer is the better one
 
 
 # region method: loss
 def compute_loss(batch: Batch, beta: float, gamma: float, label_smoothing: float) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each pair, (B,). A micro-batch is but a part of a step, so no pair may depend on others."""
+    """Loss and metrics of each pair, (B,). A micro-batch is only a part of a step, so no pair may depend on others."""
     chosen_logps, rejected_logps = batch.logps / batch.lengths
     margins = beta * (chosen_logps - rejected_logps)
     p = batch.preference_prob * (1 - label_smoothing) + (1 - batch.preference_prob) * label_smoothing
@@ -134,13 +132,14 @@ class Run:
     saved_step: int  # of the checkpoint to go on from, 0 if there is none
 
     def append(self, file: str, rows: list[dict]) -> None:
-        with (self.folder / file).open("a") if RANK == 0 else open(os.devnull, "w") as stream:
-            stream.writelines([json.dumps(row) + "\n" for row in rows])
+        if RANK == 0:
+            with (self.folder / file).open("a") as stream:
+                stream.writelines([json.dumps(row) + "\n" for row in rows])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.append("metrics.jsonl", [{"step": step} | metrics])
         wandb.log(metrics, step=step)
-        shown = [f"{name[5:]} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/")]
+        shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
         if shown:
             tqdm.write(f"step {step:4}: {', '.join(shown)}")
 
@@ -154,10 +153,10 @@ class Pair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference_prob: float
-    ref_logps: tuple[float, float] = (0.0, 0.0)  # of chosen and rejected, by the reference
+    ref_logps: tuple[float, float] = (0.0, 0.0)  # of both answers by the reference, see add_reference
 
     def __len__(self) -> int:
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)  # tokens of its two rows
 
 
 def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
@@ -174,7 +173,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     else:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
         train_pairs, test_pairs = train_pairs[:kept], train_pairs[kept:]
-    if min(len(train_pairs), len(test_pairs)) < WORLD_SIZE:
+    if min(len(train_pairs), len(test_pairs), args.num_eval_prompts or WORLD_SIZE) < WORLD_SIZE:
         sys.exit(f"error: {len(train_pairs)} pairs to train and {len(test_pairs)} to test on are too few")
     return train_pairs, test_pairs[: args.num_eval_prompts or None]
 
@@ -253,7 +252,7 @@ def micro_batches(lengths: list[int], tokens: int, rank: int = RANK, world_size:
     """Indices of a process's items in groups of about `tokens` tokens; each process has equally many groups."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = min(math.ceil(sum(lengths) / tokens / world_size), len(lengths) // world_size) * world_size
-    return [order[group::groups] for group in range(rank, groups, world_size)]  # long and short ones in each group
+    return [order[group::groups] for group in range(rank, groups, world_size)]  # each has long and short items
 
 
 def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable: bool = False) -> Any:
@@ -264,13 +263,13 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
     if info["missing_keys"]:
         sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is no {type(model).__name__}")
     model.to(DEVICE).eval().requires_grad_(trainable)
-    model.within_forward = lambda function: function()
-    if kind is AutoModelForCausalLM:
+    model.within_forward = lambda function: function()  # see fully_shard below
+    if kind is AutoModelForCausalLM:  # two rows must mean the same packed as by the model's own forward, row by row
         rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
         own_logps = torch.cat(token_logps(model, rows)).detach()
         model.set_attn_implementation("packed")
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
-        if not error < (1e-3 if dtype == torch.float32 else 0.1):  # it scales or caps what token_logps does not
+        if not error < (1e-3 if dtype == torch.float32 else 0.1):  # as where logits are scaled or capped
             model.set_attn_implementation(own_attention)
     if not trainable:
         return model
@@ -309,14 +308,14 @@ def inference(model: Any) -> Iterator[None]:
         module.reshard()
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **rows) -> tuple:
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs) -> tuple:
     """Causal attention of T tokens (1, heads, T, size) within their rows, (1, T, heads, size); with a cache, SDPA's."""
     states, settings, outputs = (query, key, value), {"scale": scaling, "enable_gqa": True}, []
-    if "cu_seq_lens_q" not in rows:
+    if "cu_seq_lens_q" not in kwargs:  # sampling
         return transformers.AttentionInterface()["sdpa"](module, *states, attention_mask, scaling=scaling)
-    ends, longest = rows["cu_seq_lens_q"], rows["max_length_q"]
+    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # where rows end, (rows + 1,), and their longest
     if CUDA and query.dtype == torch.bfloat16:
-        states, window = [tensor[0].transpose(0, 1) for tensor in states], ((sliding_window or 0) - 1, 0)
+        states, window = [tensor[0].transpose(0, 1) for tensor in states], ((sliding_window or 0) - 1, 0)  # -1: all
         return varlen_attn(*states, ends, ends, longest, longest, window_size=window, **settings)[None], None
     for row in zip(*[tensor.split(ends.diff().tolist(), dim=2) for tensor in states], strict=True):
         length, mask = row[0].shape[2], None
@@ -339,9 +338,8 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
         places += range(ends[-1] + len(prompt) - 1, len(ids) - 1)
         ends.append(len(ids))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-    inputs["cu_seq_lens_q"] = torch.tensor(ends, dtype=torch.int32)
-    inputs["attention_mask"] = torch.ones(1, 1, 1, 1)  # keeps transformers from making one of (T, T)
-    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    inputs |= {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32), "attention_mask": torch.ones(1, 1, 1, 1)}
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}  # this mask stops one of (T, T) being made
 
     def read_chunks() -> torch.Tensor:
         output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
@@ -356,10 +354,10 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
 
 
 def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities of the answer's tokens of each row (prompt, answer), (C,) in float32."""
+    """Log-probabilities of the answer's C tokens of each row (prompt, answer), (C,) in float32."""
 
     def logps_of(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logits = model.get_output_embeddings()(states).float()  # bfloat16 would err by up to 0.1 nats a token
+        logits = model.get_output_embeddings()(states).float()  # a bfloat16 softmax errs by up to 0.1 nats a token
         return -F.cross_entropy(logits, tokens, reduction="none")
 
     if model.config._attn_implementation == "packed":
@@ -389,21 +387,21 @@ def forward(model: Any, pairs: list[Pair]) -> Batch:
 
 
 def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """The pairs with the reference's log-probabilities, as far as this process has them in its micro-batches."""
-    complete = dict(enumerate(pairs))
+    """This process's pairs with log-probabilities by the reference, which is the policy itself before its training."""
+    complete = {}
     with inference(reference):
-        # In the micro-batches of the training: they are rounded equally there, and margins start at exactly 0.
+        # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
         for batch in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
             for indices in micro_batches([len(pairs[i]) for i in batch], run.args.micro_batch_tokens):
-                group = [batch[k] for k in indices]
-                logps = forward(reference, [pairs[i] for i in group]).logps.T.tolist()
-                for i, (chosen, rejected) in zip(group, logps, strict=True):
+                new = [batch[k] for k in indices if batch[k] not in complete]  # in a second epoch there is none
+                logps = forward(reference, [pairs[i] for i in new]).logps.T.tolist() if new else []
+                for i, (chosen, rejected) in zip(new, logps, strict=True):
                     complete[i] = replace(pairs[i], ref_logps=(chosen, rejected))
-    return list(complete.values())
+    return [complete.get(i, pair) for i, pair in enumerate(pairs)]
 
 
 def start_training(run: Run, models: dict, lr: float, steps: int, start: int = 0, eps: float = 1e-8) -> tuple:
-    """AdamW for some models, the learning rates of its steps, and the number of the step that is done already."""
+    """AdamW for some models and the learning rates of its steps; also reads a checkpoint, and gives the steps done."""
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), lr=lr, eps=eps, weight_decay=0, fused=True)
     # Such a schedule is 0 at its first and last step: of one that is longer by a step, those in between are taken.
     warmup_steps = math.ceil(run.args.warmup_ratio * steps)
@@ -439,13 +437,14 @@ def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dic
 
 
 def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
-    """A response to each prompt, in token ids; call it inside of inference()."""
+    """A response to each prompt, in token ids; call it inside of inference(). Processes do not share the prompts."""
     config = transformers.GenerationConfig(top_k=0, top_p=1.0, repetition_penalty=1.0, temperature=temperature)
     limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
     for group in micro_batches(lengths, max(8192, 4 * run.args.micro_batch_tokens), rank=0, world_size=1):
         width = max([len(prompts[i]) for i in group])
+        # Padding, on the left, is -1 at first.
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
         output = model.generate(**inputs, **limits, generation_config=config, do_sample=True)
@@ -496,10 +495,10 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
                     rows[i] |= {"step": step, "prompt": test_pairs[i].prompt, "response": texts[i]}
                     rows[i] |= {"kl": (policy_logps - initial_logps).sum().item(), "response_length": len(answers[i])}
                     rows[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
-    if args.judge_name_or_path:
+    if args.judge_name_or_path and RANK == 0:  # as only this process writes
         scores = judge(run, args.judge_name_or_path, test_pairs, texts)
-        initial_rows = map(json.loads, (run.folder / "samples.jsonl").open()) if step > 0 else rows
-        for row, first, score in zip(rows, initial_rows, scores, strict=False):
+        first_rows = [json.loads(line) for line in (run.folder / "samples.jsonl").open()] if step > 0 else rows
+        for row, first, score in zip(rows, first_rows[: len(rows)], scores, strict=True):
             row["judge_score"] = float(score)
             tie = row["response"] == first["response"] or row["judge_score"] == first["judge_score"]
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
@@ -508,6 +507,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
     wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
     for name in list(rows[0])[3:]:  # behind step, prompt and response
         means[f"eval/{name}"] = statistics.fmean([row[name] for row in rows])
+    tqdm.write(f"response to the first test prompt: {texts[0]}")
     return means
 
 
@@ -570,7 +570,7 @@ def start_run(args: Args) -> Run:
     settled = {flag: value for flag, value in settled.items() if getattr(args, flag) is None}
     tqdm.write(", ".join([f"{flag} {value}" for flag, value in settled.items()]))
     args = replace(args, **settled)
-    saved_steps = [int(path.name.removeprefix("checkpoint-")) for path in Path(args.output_dir).glob("checkpoint-*")]
+    saved_steps = [int(path.name.split("-")[1]) for path in Path(args.output_dir).glob("checkpoint-*") if args.resume]
     return Run(args, Path(args.output_dir), tokenizer, stop_ids, max(saved_steps, default=0))
 
 
@@ -587,10 +587,10 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         sys.exit(f"error: {', '.join(changed)} changed since the run in {run.folder} began")
     mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
     wandb.init(id=run.folder.name, resume="allow" if stored else "never", config=record, mode=mode)
-    tqdm.write(f"the run is in {run.folder}" + f" and goes on at step {run.saved_step}" * bool(stored))
+    tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(__file__, run.folder)
+        (run.folder / Path(__file__).name).write_text(Path(__file__).read_text())
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
         for rows in run.folder.glob("*.jsonl") if stored else []:  # what came after the checkpoint comes again
             lines = [line for line in rows.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]

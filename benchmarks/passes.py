@@ -37,7 +37,7 @@ def random_pairs(luck: random.Random, count: int) -> list[dpo.Pair]:
     pairs = []
     for row in range(count):
         ids = [[luck.randrange(5, 800) for _ in range(luck.randint(50, most))] for most in (400, 600, 600)]
-        pairs.append(dpo.Pair(row, "", *ids, preference_prob=1.0))
+        pairs.append(dpo.Pair(row, "", {}, *ids, preference_prob=1.0))
     return pairs
 
 
@@ -55,13 +55,16 @@ def measure(run: dpo.Run, model: Any, args: Args) -> str:
         pairs = random_pairs(luck, args.pairs_per_step)
         torch.cuda.synchronize()
         start = time.time()
-        dpo.mean_loss(run, pairs, loss_of, backward=True)
+        groups = dpo.micro_batches([len(pair) for pair in pairs], run.args.micro_batch_tokens)
+        for indices in groups:
+            losses, _ = loss_of([pairs[i] for i in indices])
+            losses.sum().backward()
         model.zero_grad()
         torch.cuda.synchronize()
         if step > 0:
             seconds += time.time() - start
-            passes += len(dpo.micro_batches([2 * len(pair) for pair in pairs], run.args.micro_batch_tokens))
-            tokens += sum([2 * len(pair.prompt_ids) + len(pair.chosen_ids + pair.rejected_ids) for pair in pairs])
+            passes += len(groups)
+            tokens += sum([len(pair) for pair in pairs])
     memory = torch.cuda.max_memory_allocated() / 2**30
     return f"{1000 * seconds / passes:.0f} ms a pass, {tokens / seconds:.0f} tokens a second, {memory:.1f} GB"
 
