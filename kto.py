@@ -285,8 +285,8 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for layer in layers if args.gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    for layer in layers if CUDA else []:
-        layer.compile(dynamic=True)
+    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for layer in layers:
