@@ -174,8 +174,8 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     else:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
         train_pairs, test_pairs = train_pairs[:kept], train_pairs[kept:]
-    if min(len(train_pairs), len(test_pairs), args.num_eval_prompts or WORLD_SIZE) < WORLD_SIZE:
-        sys.exit(f"error: {len(train_pairs)} pairs to train and {len(test_pairs)} to test on are too few")
+    if min(len(train_pairs), len(test_pairs), args.batch_size, args.num_eval_prompts or WORLD_SIZE) < WORLD_SIZE:
+        sys.exit(f"error: pairs to train on, to test on, or of a step are fewer than the {WORLD_SIZE} devices")
     return train_pairs, test_pairs[: args.num_eval_prompts or None]
 
 
@@ -241,13 +241,11 @@ def cut_answer(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
     """Indices of the pairs of each optimiser step, in an order that depends on the seed and the epoch alone."""
-    if args.batch_size % WORLD_SIZE != 0:
-        sys.exit(f"error: a step of {args.batch_size} does not divide by the {WORLD_SIZE} devices")
-    batches, usable = [], num_pairs - num_pairs % WORLD_SIZE  # devices need equal shares: the rest is left out
+    batches, starts = [], range(0, num_pairs - WORLD_SIZE + 1, args.batch_size)  # each device has a share of each
     for epoch in range(args.num_train_epochs):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
-        order = torch.randperm(num_pairs, generator=generator).tolist()[:usable]
-        batches += [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+        order = torch.randperm(num_pairs, generator=generator).tolist()
+        batches += [order[start : start + args.batch_size] for start in starts]
     return batches[: args.max_steps]
 
 
@@ -456,22 +454,26 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     return [answers[i] for i in range(len(prompts))]
 
 
-def judge(run: Run, path: str, pairs: list[Pair], responses: list[str]) -> list[float]:
-    """Scores of responses to the prompts of some pairs, by reward() of a Python file or by a reward model."""
+def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: Any = None) -> list[float]:
+    """Scores of responses to the prompts of pairs, by reward() of a Python file or a reward model, loaded or not."""
     prompts, columns, scores = [pair.prompt for pair in pairs], {}, []
     answers = [[{"role": "assistant", "content": response}] for response in responses]
     if path.endswith(".py"):
         for name in pairs[0].columns:
             columns[name] = [pair.columns[name] for pair in pairs]
         completions = answers if isinstance(prompts[0], list) else responses
-        return runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns)
-    model, tokenizer = load_model(run, path, AutoModelForSequenceClassification), AutoTokenizer.from_pretrained(path)
-    model.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
-    for prompt, answer in zip(prompts, answers, strict=True):
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages + answer, tokenize=False)
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=DEVICE)
-        scores.append(model(input_ids=ids).logits.item())
+        scores = runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns)
+    else:
+        model = model or load_model(run, path, AutoModelForSequenceClassification)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
+        for prompt, answer in zip(prompts, answers, strict=True):
+            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages + answer, return_tensors="pt").input_ids
+            scores.append(model(input_ids=ids.to(DEVICE)).logits.item())
+    for pair, score in zip(pairs, scores, strict=True):
+        if score is None or not math.isfinite(score):
+            sys.exit(f"error: {path} gives {score} for a response to row {pair.row}")
     return scores
 
 
@@ -493,10 +495,9 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
             for indices in micro_batches(lengths, args.micro_batch_tokens, rank=0, world_size=1):
                 some = [(prompts[i], answers[i]) for i in indices]
-                logps = zip(indices, token_logps(policy, some), token_logps(initial, some), strict=True)
-                for i, policy_logps, initial_logps in logps:
+                for i, new, old in zip(indices, token_logps(policy, some), token_logps(initial, some), strict=True):
                     rows[i] |= {"step": step, "prompt": test_pairs[i].prompt, "response": texts[i]}
-                    rows[i] |= {"kl": (policy_logps - initial_logps).sum().item(), "response_length": len(answers[i])}
+                    rows[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}
                     rows[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
     if args.judge_name_or_path and RANK == 0:  # as only this process writes
         scores = judge(run, args.judge_name_or_path, test_pairs, texts)
@@ -598,8 +599,7 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         for rows in run.folder.glob("*.jsonl") if stored else []:  # what came after the checkpoint comes again
             lines = [line for line in rows.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]
             rows.write_text("".join(lines if run.saved_step > 0 else []))
-        if not stored:
-            file.write_text(json.dumps(record, indent=1))
+        file.write_text(json.dumps(record, indent=1))
     dist.barrier()
 
 
