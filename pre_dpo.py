@@ -638,18 +638,11 @@ import gc  # noqa: E402 - the shared imports above have no use for it
 
 
 def train_stage(
-    run: Run,
-    policy: Any,
-    loss_of: Callable,
-    pairs: list[Pair],
-    test_pairs: list[Pair],
-    batches: list[list[int]],
-    learning_rate: float,
-    start: int,
+    run: Run, policy: Any, loss_of: Callable, pairs: list, test_pairs: list, batches: list, lr: float, start: int
 ) -> None:
     """Train a model by a loss, in steps that are numbered from start + 1."""
     args, models, last_step = run.args, {"policy": policy}, start + len(batches)
-    optimizer, learning_rates, done = start_training(run, models, learning_rate, len(batches), start)
+    optimizer, learning_rates, done = start_training(run, models, lr, len(batches), start)
     if done == 0:
         run.log(0, evaluate(run, policy, test_pairs, loss_of, step=0))
     for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):

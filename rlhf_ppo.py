@@ -4,10 +4,11 @@ Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; details after Huang et a
 
 1. SFT on the chosen answers (--sft-epochs 0: none). Its result is where PPO starts, and its frozen reference pi_ref.
 2. A reward model r on the pairs, -log sigmoid(r(x, y_w) - r(x, y_l)): the SFT model with a scalar head, read at the
-   end-of-sequence token (--reward-model-name-or-path: one that exists). A shift brings SFT samples to mean 0.
+   end-of-sequence token. A shift brings SFT samples to mean 0. --reward-name-or-path takes the place of this stage: a
+   reward model that exists, or a Python file (as for --judge-name-or-path), whose values are not shifted.
 3. PPO. The policy answers prompts. A token's reward is -kl_coef * (log pi - log pi_ref), the last one's also r, or
-   --missing-eos-score if the answer does not end. Advantages are GAE's, from a value model that starts as a copy of r;
-   then --ppo-epochs updates on all answers of the step, with ratio = pi / pi_old:
+   --missing-eos-score if the answer does not end. Advantages are GAE's, from a value model that starts as a copy of r
+   (of the SFT model, if r is a Python file); then --ppo-epochs updates on all answers, with ratio = pi / pi_old:
        policy: max(-A ratio, -A clip(ratio, 1 -+ clip))      value: max((V - R)^2, (clip(V, V_old -+ clip) - R)^2) / 2
 
 As in Huang et al.: gamma 1, lambda 0.95, no entropy bonus, policy and value model apart, AdamW with eps 1e-5 and
@@ -28,16 +29,15 @@ dtype. Where train/score rises and eval/judge_score falls, PPO exploits the rewa
 # endregion
 
 import contextlib
-import gc
 import hashlib
 import json
 import math
 import os
+import runpy
 import shutil
 import statistics
 import sys
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,14 +53,14 @@ import transformers
 import tyro
 import wandb
 from datasets import load_dataset
-from huggingface_hub import snapshot_download
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.utils.rnn import pad_sequence
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# All scripts are alike outside of `# region method` ... `# endregion`. load_pairs reads and tokenises, plan_batches and
-# micro_batches cut, forward finds log-probabilities, compute_loss is the method, train updates, evaluate samples.
+# All scripts are alike outside of `# region method` ... `# endregion`. The training loop is in main: micro_batches cuts
+# a step, forward finds the log-probabilities of its answers, compute_loss is the method, update takes AdamW's step.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -73,7 +73,7 @@ class Args:
     # --- SFT, reward model, PPO ---
     sft_epochs: int = 1  # passes over the chosen answers in stage 1; 0 = no stage 1; --max-steps limits each stage
     sft_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
-    reward_model_name_or_path: str | None = None  # of the policy's vocabulary and chat template; None = train one
+    reward_name_or_path: str | None = None  # reward model of the policy's vocabulary and template, or .py file
     reward_epochs: int = 1  # passes over the pairs in stage 2
     reward_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
     learning_rate: float | None = None  # of PPO; None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
@@ -95,13 +95,13 @@ class Args:
     lora_rank: int = 0  # train LoRA adapters of this rank (alpha twice that) on all linear layers; 0 = all weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     # --- data ---
-    dataset_name: str = str(TOY)  # preference pairs: hub id, .jsonl, .json or .parquet file, or folder of such files
+    dataset_name: str = str(TOY)  # preference pairs: hub id, .jsonl, .json, .csv or .parquet file, or folder of such
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str = "test"  # split to evaluate on; if there is none, the last 10 % of the pairs, at most 512
     max_length: int = 1024  # longest prompt with answer, in tokens; longer pairs are dropped
     # --- optimisation ---
     batch_size: int = 64  # pairs per optimiser step, over all devices
-    micro_batch_tokens: int = 8192 if CUDA else 2048  # padded tokens in a pass; affects speed and memory only
+    micro_batch_tokens: int | None = None  # tokens in a pass; None = 1024, on a GPU up to 32768, by its memory
     num_train_epochs: int = 1  # passes over the training pairs
     max_steps: int | None = None  # most optimiser steps; 0 = only evaluate
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # constant: no warm-up, no decay
@@ -109,27 +109,22 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     # --- evaluation ---
     eval_steps: int = 50  # steps between evaluations; the first and the last step are always evaluated
-    num_eval_prompts: int = 256  # test pairs to evaluate on, with their prompts to answer
+    num_eval_prompts: int = 256  # test pairs to evaluate on, and prompts to answer; 0 = all pairs, but no answers
     max_new_tokens: int = 128  # longest sampled response, in tokens
-    judge_name_or_path: str | None = None  # reward model that scores the responses; None = none, or the test bed's own
+    judge_name_or_path: str | None = None  # reward model, or .py file with reward(prompts, completions, **columns)
     # --- run ---
     seed: int = 1  # of the order of the data, the sampling and LoRA's initial weights
     output_dir: str | None = None  # folder of the run; None = runs/<script>__<seed>__<time>
-    save_steps: int = 0  # steps between checkpoints; 0 = none
-    resume: bool = False  # go on with the run in --output-dir, with its flags, from its last checkpoint
+    save_steps: int = 0  # steps between checkpoints, of which the newest is kept; 0 = none
+    resume: bool = False  # go on from the last checkpoint in --output-dir; give all other flags as before
     track: bool = False  # log to Weights & Biases as well
 
 
-class Batch(NamedTuple):
-    """A micro-batch of B pairs. Each field is (B,) in float32; log-probabilities are sums over the answer's tokens."""
-
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    ref_chosen_logps: torch.Tensor
-    ref_rejected_logps: torch.Tensor
-    chosen_lengths: torch.Tensor
-    rejected_lengths: torch.Tensor
-    preference_prob: torch.Tensor
+class Batch(NamedTuple):  # a micro-batch of B pairs, in float32
+    logps: torch.Tensor  # (2, B), log-probabilities of the chosen and of the rejected answers
+    ref_logps: torch.Tensor  # (2, B), the reference's
+    lengths: torch.Tensor  # (2, B), tokens of these answers, for losses of means
+    preference_prob: torch.Tensor  # (B,), how likely the chosen answer is the better one
 
 
 # region method: loss
@@ -140,9 +135,7 @@ def compute_reward_loss(chosen: torch.Tensor, rejected: torch.Tensor, p: torch.T
     return losses, {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
 
 
-def estimate_advantages(
-    rewards: torch.Tensor, values: torch.Tensor, gamma: float, gae_lambda: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def estimate_advantages(rewards: torch.Tensor, values: torch.Tensor, gamma: float, gae_lambda: float) -> tuple:
     """Generalised advantage estimates and returns, (N, C). Rewards and values are 0 behind an answer."""
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     next_values = F.pad(values[:, 1:], (0, 1))  # nothing is to come behind the last token
@@ -187,27 +180,40 @@ class Run:
     stop_ids: list[int]  # tokens that end an answer
     saved_step: int  # of the checkpoint to go on from, 0 if there is none
 
+    def append(self, file: str, rows: list[dict]) -> None:
+        if RANK == 0:
+            with (self.folder / file).open("a") as stream:
+                stream.writelines([json.dumps(row) + "\n" for row in rows])
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.append("metrics.jsonl", [{"step": step} | metrics])
+        wandb.log(metrics, step=step)
+        shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items() if "eval/" in name]
+        if shown:
+            tqdm.write(f"step {step:4}: {', '.join(shown)}")
+
 
 @dataclass(frozen=True)
 class Pair:
     row: int  # its number in the data
     prompt: str | list[dict]  # as read: a judge has its own chat template
+    columns: dict[str, Any]  # the row's other fields, for a judge
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference_prob: float
-    ref_chosen_logp: float = 0.0
-    ref_rejected_logp: float = 0.0
+    ref_logps: tuple[float, float] = (0.0, 0.0)  # of both answers by the reference, see add_reference
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)  # tokens of its two rows
 
 
 def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on, and pairs to test on."""
     args, path = run.args, Path(run.args.dataset_name)
     if path.is_file():
-        splits = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), streaming=True)
+        kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
+        splits = load_dataset(kind, data_files=str(path), streaming=True)
     else:  # files are streamed, since the cache of datasets misses a change that keeps a file's time
         splits = load_dataset(args.dataset_name, streaming=path.exists())
     train_pairs = encode_rows(run, splits[args.dataset_train_split], args.dataset_train_split)
@@ -216,11 +222,9 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     else:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
         train_pairs, test_pairs = train_pairs[:kept], train_pairs[kept:]
-    if min(len(train_pairs), len(test_pairs)) < WORLD_SIZE:
-        sys.exit(f"error: {len(train_pairs)} pairs to train and {len(test_pairs)} to test on are too few")
-    first = [train_pairs[0].prompt_ids, train_pairs[0].chosen_ids, train_pairs[0].rejected_ids]
-    tqdm.write(f"{len(train_pairs)} to train on, the first: {run.tokenizer.batch_decode(first)}")
-    return train_pairs, test_pairs[: args.num_eval_prompts]
+    if min(len(train_pairs), len(test_pairs), args.batch_size, args.num_eval_prompts or WORLD_SIZE) < WORLD_SIZE:
+        sys.exit(f"error: pairs to train on, to test on, or of a step are fewer than the {WORLD_SIZE} devices")
+    return train_pairs, test_pairs[: args.num_eval_prompts or None]
 
 
 # region method: rows
@@ -231,15 +235,16 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
         where = f"row {count} of split {split}"
         prompt, chosen, rejected = split_row(row, where)
         prob = 1.0 if row.get("preference_prob") is None else row["preference_prob"]
-        if not 0 <= prob <= 1:
-            sys.exit(f"error: {where}: preference_prob is {prob}, and not from 0 to 1")
+        if not isinstance(prob, int | float) or not 0 <= prob <= 1:
+            sys.exit(f"error: {where}: preference_prob is {prob!r}, and no number from 0 to 1")
         texts = render(run.tokenizer, prompt, chosen, rejected)
         # Each text by itself, as in generation: tokens of the whole could reach across the end of the prompt.
         prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids
         chosen_ids, rejected_ids = [cut_answer(ids + run.stop_ids[:1], run.stop_ids) for ids in answers]
-        pair = Pair(count, prompt, prompt_ids, chosen_ids, rejected_ids, prob)
-        if len(pair) <= run.args.max_length and chosen_ids != rejected_ids:
-            pairs.append(pair)
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
+        longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
+        if longest <= run.args.max_length and chosen_ids != rejected_ids:
+            pairs.append(Pair(count, prompt, columns, prompt_ids, chosen_ids, rejected_ids, prob))
         count += 1
     tqdm.write(f"{split}: {len(pairs)} of {count} pairs; {count - len(pairs)} dropped: too long, or chosen = rejected")
     return pairs
@@ -254,8 +259,9 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     parts = (prompt, chosen, rejected)
-    alike = {type(part) for part in parts} in ({str}, {list})
-    if not alike or not all([part and (part if isinstance(part, str) else part[-1]["content"]) for part in parts]):
+    lasts = [part[-1] if part and isinstance(part, list) else {"content": part} for part in parts]
+    said = [last.get("content") or last.get("tool_calls") for last in lasts]  # a message may call tools instead
+    if {type(part) for part in parts} not in ({str}, {list}) or not all(said):
         sys.exit(f"error: {where} has {[k for k in row if row[k]]}: needed are prompt, chosen, rejected, text or chat")
     return parts
 
@@ -281,74 +287,64 @@ def cut_answer(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
     """Indices of the pairs of each optimiser step, in an order that depends on the seed and the epoch alone."""
-    if args.batch_size % WORLD_SIZE != 0:
-        sys.exit(f"error: a step of {args.batch_size} does not divide by the {WORLD_SIZE} devices")
-    batches, usable = [], num_pairs - num_pairs % WORLD_SIZE  # devices need equal shares: the rest is left out
+    batches, starts = [], range(0, num_pairs - WORLD_SIZE + 1, args.batch_size)  # each device has a share of each
     for epoch in range(args.num_train_epochs):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
-        order = torch.randperm(num_pairs, generator=generator).tolist()[:usable]
-        batches += [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+        order = torch.randperm(num_pairs, generator=generator).tolist()
+        batches += [order[start : start + args.batch_size] for start in starts]
     return batches[: args.max_steps]
 
 
-def micro_batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Indices of this process's rows, longest first, in groups of at most `tokens` padded tokens (or of one row)."""
-    # A round gives each process a row, and its longest decides on a new group for all: FSDP needs equally many of each.
+def micro_batches(lengths: list[int], tokens: int, rank: int = RANK, world_size: int = WORLD_SIZE) -> list[list[int]]:
+    """Indices of a process's items in groups of about `tokens` tokens; each process has equally many groups."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups, width = [], 0
-    for start in range(0, len(order), WORLD_SIZE):
-        if not groups or (len(groups[-1]) + 1) * width > tokens:
-            groups.append([])
-            width = lengths[order[start]]
-        groups[-1] += order[start + RANK : start + WORLD_SIZE][:1]
-    return [group for group in groups if group]
-
-
-def gather(share: dict[int, Any]) -> list:
-    """The items of all processes, each of which holds some, in the order of their keys."""
-    shares = [share] * WORLD_SIZE
-    if WORLD_SIZE > 1:  # alone, gloo's thread would only start a pool of threads that slow down all others
-        dist.all_gather_object(shares, share)
-    return [item for _, item in sorted(ChainMap(*shares).items())]
+    groups = min(math.ceil(sum(lengths) / tokens / world_size), len(lengths) // world_size) * world_size
+    return [order[group::groups] for group in range(rank, groups, world_size)]  # each has long and short items
 
 
 def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable: bool = False) -> Any:
-    """A model without dropout: to be trained and sharded, or whole, frozen and in the dtype of the computation."""
-    gc.collect()  # models of an earlier stage, which FSDP's hooks keep alive
-    args, compute_dtype, config = run.args, getattr(torch, run.args.dtype), AutoConfig.from_pretrained(path)
-    for name, value in vars(config.get_text_config()).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(config.get_text_config(), name, 0.0)
+    """A model without dropout (in eval mode): to be trained and sharded, or whole, frozen, in the run's dtype."""
+    args, compute_dtype = run.args, getattr(torch, run.args.dtype)
     dtype = torch.float32 if trainable and args.lora_rank == 0 else compute_dtype
-    model, info = kind.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    model, info = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:
         sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is no {type(model).__name__}")
-    model.to(DEVICE).eval()
+    model.to(DEVICE).eval().requires_grad_(trainable)
+    model.within_forward = lambda function: function()  # see fully_shard below
+    if kind is AutoModelForCausalLM:  # two rows must mean the same packed as by the model's own forward, row by row
+        rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
+        own_logps = torch.cat(token_logps(model, rows)).detach()
+        model.set_attn_implementation("packed")
+        error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
+        if not error < (1e-3 if dtype == torch.float32 else 0.1):  # as where logits are scaled or capped
+            model.set_attn_implementation(own_attention)
     if not trainable:
-        return model.requires_grad_(False)
+        return model
     if args.lora_rank > 0:
         torch.manual_seed(args.seed)
         lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         if kind is AutoModelForSequenceClassification:
             lora.task_type, model.score = "SEQ_CLS", model.score.float()  # the head is trained as well
-        model = peft.get_peft_model(model, lora)  # adapters are float32, all other weights frozen
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for layer in layers if args.gradient_checkpointing else []:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for module in list(model.modules()):
-            if type(module).__name__ in model._no_split_modules:
-                fully_shard(module, mp_policy=precision)
+        for layer in layers:
+            fully_shard(layer, mp_policy=precision)
         # By default the root's weights would stay gathered after a pass without gradients, and updates be lost.
         fully_shard(model, mp_policy=precision, reshard_after_forward=True)
-    return model.train()  # there is no dropout: this is for gradient checkpointing
+        register_fsdp_forward_method(model, "within_forward")  # the root's weights are gathered within such alone
+    return model
 
 
 @contextlib.contextmanager
 def inference(model: Any) -> Iterator[None]:
     """For sampling and scoring: no gradients, and whole weights, so that the processes need not keep in step."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    model.eval()
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -357,218 +353,233 @@ def inference(model: Any) -> Iterator[None]:
     for module in sharded:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
-    model.train()
 
 
-def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Log-probability of each answer token of N rows (prompt, answer), (N, T), where it is predicted; 0 elsewhere."""
-    # Padding on the right needs no attention mask: no token that counts sees it, and attention is faster without.
-    input_ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)  # (N, T)
-    predicts = torch.zeros(input_ids.shape, dtype=torch.bool)  # where the next token is one of the answer
-    for i, (prompt, answer) in enumerate(rows):
-        predicts[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)] = True
-    input_ids, predicts = input_ids.to(DEVICE), predicts.to(DEVICE)
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=predicts).logits  # of the answers alone, (n, V)
-    targets = input_ids.roll(-1, dims=1)[predicts]
-    logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # bfloat16 would err by up to 0.1 nats a token
-    return torch.zeros(predicts.shape, device=DEVICE).masked_scatter(predicts, logps)
+def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs) -> tuple:
+    """Causal attention of T tokens (1, heads, T, size) within their rows, (1, T, heads, size); with a cache, SDPA's."""
+    states, settings, outputs = (query, key, value), {"scale": scaling, "enable_gqa": True}, []
+    if "cu_seq_lens_q" not in kwargs:  # sampling
+        return transformers.AttentionInterface()["sdpa"](module, *states, attention_mask, scaling=scaling)
+    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # where rows end, (rows + 1,), and their longest
+    if CUDA and query.dtype == torch.bfloat16:
+        states, window = [tensor[0].transpose(0, 1) for tensor in states], ((sliding_window or 0) - 1, 0)  # -1: all
+        return varlen_attn(*states, ends, ends, longest, longest, window_size=window, **settings)[None], None
+    for row in zip(*[tensor.split(ends.diff().tolist(), dim=2) for tensor in states], strict=True):
+        length, mask = row[0].shape[2], None
+        if sliding_window and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril().triu(1 - sliding_window)
+        outputs.append(F.scaled_dot_product_attention(*row, mask, is_causal=mask is None, **settings))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("packed", packed_attention)
+transformers.AttentionMaskInterface.register("packed", transformers.AttentionMaskInterface()["sdpa"])
+
+
+def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Callable) -> tuple[torch.Tensor, ...]:
+    """What `read` makes of the answers of rows (prompt, answer), a tensor (C,) for each, in a pass without padding."""
+    ids, positions, ends, places = [], [], [0], []
+    for prompt, answer in rows:
+        ids += prompt + answer
+        positions += range(len(prompt) + len(answer))
+        places += range(ends[-1] + len(prompt) - 1, len(ids) - 1)
+        ends.append(len(ids))
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    inputs |= {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32), "attention_mask": torch.ones(1, 1, 1, 1)}
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}  # this mask stops one of (T, T) being made
+
+    def read_chunks() -> torch.Tensor:
+        output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
+        # Hidden states (n, D), and the tokens (n,) that they predict.
+        states, tokens = output.last_hidden_state[0, places], inputs["input_ids"][0].roll(-1)[places]
+        if len(places) <= 2048:
+            return read(states, tokens)
+        chunks = zip(states.split(2048), tokens.split(2048), strict=True)
+        return torch.cat([checkpoint(read, *chunk, use_reentrant=False) for chunk in chunks])
+
+    return model.within_forward(read_chunks).split([len(answer) for _, answer in rows])
+
+
+def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities of the answer's C tokens of each row (prompt, answer), (C,) in float32."""
+
+    def logps_of(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = model.get_output_embeddings()(states).float()  # a bfloat16 softmax errs by up to 0.1 nats a token
+        return -F.cross_entropy(logits, tokens, reduction="none")
+
+    if model.config._attn_implementation == "packed":
+        return read_answers(model, rows, logps_of)
+    logps = []  # by the model's own attention and head, row by row
+    for prompt, answer in rows:
+        ids = torch.tensor([prompt + answer], device=DEVICE)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, -1 - len(answer) : -1]
+        logps.append(-F.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="none"))
+    return tuple(logps)
 
 
 def forward(model: Any, pairs: list[Pair]) -> Batch:
     """The log-probabilities of a micro-batch of pairs, with what else is known of them."""
     column = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
-    chosen = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    rejected = [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-    # Apart they are padded less, which counts on a CPU. Together they need fewer kernels, which counts on a GPU.
-    passes = [chosen + rejected] if CUDA else [chosen, rejected]
-    logps = torch.cat([token_logps(model, rows).sum(-1) for rows in passes])
+    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    logps = torch.stack([logps.sum() for logps in token_logps(model, rows)])
+    if not logps.isfinite().all():
+        sys.exit(f"error: a log-probability in rows {[pair.row for pair in pairs]} is not finite; nothing was updated")
     return Batch(
-        *logps.chunk(2),  # chosen, rejected
-        ref_chosen_logps=column([pair.ref_chosen_logp for pair in pairs]),
-        ref_rejected_logps=column([pair.ref_rejected_logp for pair in pairs]),
-        chosen_lengths=column([len(pair.chosen_ids) for pair in pairs]),
-        rejected_lengths=column([len(pair.rejected_ids) for pair in pairs]),
+        logps=logps.view(2, -1),
+        ref_logps=column([pair.ref_logps for pair in pairs]).T,
+        lengths=column([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]).T,
         preference_prob=column([pair.preference_prob for pair in pairs]),
     )
 
 
 def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """The pairs with the reference's log-probabilities."""
-    logps = {}
+    """This process's pairs with log-probabilities by the reference, which is the policy itself before its training."""
+    complete = {}
     with inference(reference):
-        # In the batches of the training: equal micro-batches are rounded equally, and margins start at exactly 0.
-        for indices in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
-            new, share = [i for i in indices if i not in logps], {}
-            for group in micro_batches([2 * len(pairs[i]) for i in new], run.args.micro_batch_tokens):
-                batch = forward(reference, [pairs[new[k]] for k in group])
-                table = torch.stack([batch.chosen_logps, batch.rejected_logps], dim=1)
-                share |= zip(group, table.tolist(), strict=True)
-            logps |= zip(new, gather(share), strict=True)
-    logps = [logps.get(i, (math.nan, math.nan)) for i in range(len(pairs))]
-    return [replace(pair, ref_chosen_logp=c, ref_rejected_logp=r) for pair, (c, r) in zip(pairs, logps, strict=True)]
+        # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
+        for batch in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
+            for indices in micro_batches([len(pairs[i]) for i in batch], run.args.micro_batch_tokens):
+                new = [batch[k] for k in indices if batch[k] not in complete]  # in a second epoch there is none
+                logps = forward(reference, [pairs[i] for i in new]).logps.T.tolist() if new else []
+                for i, (chosen, rejected) in zip(new, logps, strict=True):
+                    complete[i] = replace(pairs[i], ref_logps=(chosen, rejected))
+    return [complete.get(i, pair) for i, pair in enumerate(pairs)]
 
 
-def mean_loss(run: Run, items: list, loss_of: Callable, backward: bool) -> dict[str, float]:
-    """Means of what loss_of gives for the items of micro-batches; `backward` adds the gradient of the mean loss."""
-    rows = {}
-    for group in micro_batches([2 * len(item) for item in items], run.args.micro_batch_tokens):
-        losses, metrics = loss_of([items[i] for i in group])
-        if not losses.isfinite().all():
-            sys.exit(f"error: a loss in rows {[items[i].row for i in group]} is not finite; nothing was updated")
-        if backward:
-            (losses.sum() * WORLD_SIZE / len(items)).backward()  # FSDP takes the mean over the devices
-        rows |= zip(group, torch.stack([losses, *metrics.values()], dim=1).tolist(), strict=True)
-    return dict(zip(["loss", *metrics], torch.tensor(gather(rows)).mean(0).tolist(), strict=True))
-
-
-def train(run: Run, models: dict, gradients_of: Callable, steps: int, adamw: dict, measure: Callable, start=0) -> int:
-    """Train for `steps` steps with a new AdamW, numbered from start + 1; returns the last number."""
-    args, step, last_step = run.args, start, start + steps
-    if run.saved_step > last_step:  # the checkpoint to go on from is of a later stage
-        return last_step
-    optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), weight_decay=0.0, fused=True, **adamw)
+def start_training(run: Run, models: dict, lr: float, steps: int, start: int = 0, eps: float = 1e-8) -> tuple:
+    """AdamW for some models and the learning rates of its steps; also reads a checkpoint, and gives the steps done."""
+    optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), lr=lr, eps=eps, weight_decay=0, fused=True)
     # Such a schedule is 0 at its first and last step: of one that is longer by a step, those in between are taken.
-    warmup_steps = math.ceil(args.warmup_ratio * steps)
-    schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup_steps, steps + 1).lr_lambdas[0]
+    warmup_steps = math.ceil(run.args.warmup_ratio * steps)
+    scheduler = transformers.get_scheduler(run.args.lr_scheduler_type, optimizer, warmup_steps, steps + 1)
     if run.saved_step > start:
-        step = run.saved_step
-        reader = dcp.HuggingFaceStorageReader(str(run.folder / f"checkpoint-{step}"))
+        reader = dcp.HuggingFaceStorageReader(str(run.folder / f"checkpoint-{run.saved_step}"))
         dcp.load(training_state(models, optimizer), storage_reader=reader)
-    elif step == 0:
-        log(run, 0, measure(0))
-    bar = tqdm(range(step + 1, last_step + 1), "training", last_step, initial=step, mininterval=1, disable=RANK > 0)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = adamw["lr"] * schedule(step - start)
-        for metrics in gradients_of(step - start - 1):  # when it yields, the gradients of an update are there
-            for name, model in models.items():
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-                if not math.isfinite(norm):
-                    sys.exit(f"error: the gradient of step {step} is not finite; nothing was updated")
-                metrics["grad_norm" if name == "policy" else f"{name}_grad_norm"] = norm
-            optimizer.step()
-            optimizer.zero_grad()
-        bar.set_postfix(loss=metrics["loss"], refresh=False)
-        metrics = {f"train/{name}": value for name, value in metrics.items()} | {"train/learning_rate": group["lr"]}
-        if step % args.eval_steps == 0 or step == last_step:
-            metrics |= measure(step)
-        log(run, step, metrics)
-        if args.save_steps and (step % args.save_steps == 0 or step == last_step):
-            save_checkpoint(run, models, optimizer, step)
-    return last_step
+    return optimizer, [lr * scheduler.lr_lambdas[0](i + 1) for i in range(steps)], max(start, run.saved_step)
+
+
+def update(run: Run, models: dict, optimizer: torch.optim.Optimizer, learning_rate: float) -> dict[str, float]:
+    """Clip the gradients of each model and take AdamW's step; gives what is to be logged of it."""
+    metrics = {"train/learning_rate": learning_rate}
+    for name, model in models.items():
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm).item()
+        if not math.isfinite(norm):
+            sys.exit(f"error: the gradient of the {name} is not finite; nothing was updated")
+        metrics["train/grad_norm" if name == "policy" else f"train/{name}_grad_norm"] = norm
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics
+
+
+def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dict[str, float]:
+    """Means over `count` items, of which this process holds some, in parts; named kind/..., as in train/loss."""
+    means = {}
+    for name in parts[0]:
+        total = torch.cat([part[name].detach() for part in parts]).double().sum()
+        dist.all_reduce(total)
+        means[f"{kind}/{name}"] = total.item() / count
+    return means
 
 
 def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
-    """A response to each prompt, in token ids; call it inside of inference()."""
-    # A number for each prompt and position: any model, micro-batch and number of devices meets the same luck.
-    uniforms = torch.rand(len(prompts), run.args.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    lengths, share = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
-    for group in micro_batches(lengths, 4 * run.args.micro_batch_tokens):  # without gradients more tokens fit
-        width, uniform = max([len(prompts[i]) for i in group]), uniforms[group].to(DEVICE)
-        padded = [[-1] * (width - len(prompts[i])) + prompts[i] for i in group]  # on the left
-        mask = (torch.tensor(padded, device=DEVICE) >= 0).long()  # (N, T)
-        input_ids, ended, tokens, cache = torch.tensor(padded, device=DEVICE).clamp(min=0), mask[:, :1] < 0, [], None
-        while len(tokens) < run.args.max_new_tokens and not ended.all():
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-            output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cdf = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
-            token = torch.searchsorted(cdf, uniform[:, len(tokens), None] * cdf[:, -1:], right=True)  # inverse CDF
-            input_ids, cache = token.clamp(max=cdf.shape[1] - 1), output.past_key_values
-            mask = F.pad(mask, (0, 1), value=1)
-            ended |= torch.isin(input_ids, torch.tensor(run.stop_ids, device=DEVICE))
-            tokens.append(input_ids)
-        answers = [cut_answer(row, run.stop_ids) for row in torch.cat(tokens, dim=1).tolist()]
-        share |= zip(group, answers, strict=True)
-    return gather(share)
+    """A response to each prompt, in token ids; call it inside of inference(). Processes do not share the prompts."""
+    config = transformers.GenerationConfig(top_k=0, top_p=1.0, repetition_penalty=1.0, temperature=temperature)
+    limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
+    lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
+    torch.manual_seed(seed)
+    for group in micro_batches(lengths, max(8192, 4 * run.args.micro_batch_tokens), rank=0, world_size=1):
+        width = max([len(prompts[i]) for i in group])
+        # Padding, on the left, is -1 at first.
+        padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
+        inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
+        output = model.generate(**inputs, **limits, generation_config=config, do_sample=True)
+        for i, answer in zip(group, output[:, width:].tolist(), strict=True):
+            answers[i] = cut_answer(answer, run.stop_ids)
+    return [answers[i] for i in range(len(prompts))]
 
 
-def judge_text(judge: Any, tokenizer: Any, prompt: str | list[dict], response: str) -> float:
-    """The score that a reward model gives to a response."""
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
-    return judge(input_ids=torch.tensor([ids], device=DEVICE)).logits.item()
+def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: Any = None) -> list[float]:
+    """Scores of responses to the prompts of pairs, by reward() of a Python file or a reward model, loaded or not."""
+    prompts, columns, scores = [pair.prompt for pair in pairs], {}, []
+    answers = [[{"role": "assistant", "content": response}] for response in responses]
+    if path.endswith(".py"):
+        for name in pairs[0].columns:
+            columns[name] = [pair.columns[name] for pair in pairs]
+        completions = answers if isinstance(prompts[0], list) else responses
+        scores = runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns)
+    else:
+        model = model or load_model(run, path, AutoModelForSequenceClassification)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
+        for prompt, answer in zip(prompts, answers, strict=True):
+            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            ids = tokenizer.apply_chat_template(messages + answer, return_tensors="pt").input_ids
+            scores.append(model(input_ids=ids.to(DEVICE)).logits.item())
+    for pair, score in zip(pairs, scores, strict=True):
+        if score is None or not math.isfinite(score):
+            sys.exit(f"error: {path} gives {score} for a response to row {pair.row}")
+    return scores
 
 
-@torch.no_grad()
 def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, step: int) -> dict[str, float]:
     """Loss and accuracy on the test pairs; judge's score, win rate and KL to the initial model on sampled responses."""
-    args, file, share = run.args, run.folder / "samples.jsonl", {}
-    initial = load_model(run, args.model_name_or_path)  # read again each time: training needs the memory
-    if args.judge_name_or_path:
-        judge = load_model(run, args.judge_name_or_path, AutoModelForSequenceClassification)
-        judge.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
-        judge_tokenizer = AutoTokenizer.from_pretrained(args.judge_name_or_path)
+    args, parts = run.args, []
     with inference(policy):
-        means = mean_loss(run, test_pairs, loss_of, backward=False)
-        prompts = [pair.prompt_ids for pair in test_pairs]
-        answers = generate(run, policy, prompts, args.seed, temperature=1.0)
-        lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        for group in micro_batches(lengths, args.micro_batch_tokens):
-            rows = [(prompts[i], answers[i]) for i in group]
-            logratios = (token_logps(policy, rows) - token_logps(initial, rows)).sum(-1)
-            for i, logratio in zip(group, logratios.tolist(), strict=True):
-                prompt, text = test_pairs[i].prompt, run.tokenizer.decode(answers[i], skip_special_tokens=True)
-                share[i] = {"step": step, "prompt": prompt, "response": text, "kl": logratio}
-                share[i] |= {"response_length": len(answers[i]), "eos_rate": float(answers[i][-1] in run.stop_ids)}
-                if args.judge_name_or_path:
-                    share[i]["judge_score"] = judge_text(judge, judge_tokenizer, prompt, text)
-    initial_rows = read_rows(file, step=0) if step > 0 else None
-    rows = gather(share)
-    if args.judge_name_or_path:
-        for row, first in zip(rows, initial_rows or rows, strict=True):
+        for indices in micro_batches([len(pair) for pair in test_pairs], args.micro_batch_tokens):
+            losses, metrics = loss_of([test_pairs[i] for i in indices])
+            parts.append({"loss": losses} | metrics)
+        means = means_of("eval", parts, len(test_pairs))
+        if args.num_eval_prompts == 0:
+            return means
+        initial = load_model(run, args.model_name_or_path)  # read again each time: training needs the memory
+        with torch.compiler.set_stance("force_eager"):  # as the initial model is
+            prompts, rows = [pair.prompt_ids for pair in test_pairs], [{} for _ in test_pairs]
+            answers = generate(run, policy, prompts, args.seed, temperature=1.0)
+            texts = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+            for indices in micro_batches(lengths, args.micro_batch_tokens, rank=0, world_size=1):
+                some = [(prompts[i], answers[i]) for i in indices]
+                for i, new, old in zip(indices, token_logps(policy, some), token_logps(initial, some), strict=True):
+                    rows[i] |= {"step": step, "prompt": test_pairs[i].prompt, "response": texts[i]}
+                    rows[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}
+                    rows[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
+    if args.judge_name_or_path and RANK == 0:  # as only this process writes
+        scores = judge(run, args.judge_name_or_path, test_pairs, texts)
+        first_rows = [json.loads(line) for line in (run.folder / "samples.jsonl").open()] if step > 0 else rows
+        for row, first, score in zip(rows, first_rows[: len(rows)], scores, strict=True):
+            row["judge_score"] = float(score)
             tie = row["response"] == first["response"] or row["judge_score"] == first["judge_score"]
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
-        means["win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / math.sqrt(len(rows))
-    append_rows(file, rows)
+        means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / len(rows) ** 0.5
+    run.append("samples.jsonl", rows)
     wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
     for name in list(rows[0])[3:]:  # behind step, prompt and response
-        means[name] = statistics.fmean([row[name] for row in rows])
-    return {f"eval/{name}": value for name, value in means.items()}
+        means[f"eval/{name}"] = statistics.fmean([row[name] for row in rows])
+    tqdm.write(f"response to the first test prompt: {texts[0]}")
+    return means
 
 
-def append_rows(file: Path, rows: list[dict]) -> None:
-    with file.open("a") if RANK == 0 else open(os.devnull, "w") as stream:
-        stream.write("".join([json.dumps(row) + "\n" for row in rows]))
-
-
-def read_rows(file: Path, step: int) -> list[dict]:
-    return [row for row in map(json.loads, file.open()) if row["step"] == step]
-
-
-def log(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Write the metrics of a step, and show those of an evaluation."""
-    append_rows(run.folder / "metrics.jsonl", [{"step": step} | metrics])
-    wandb.log(metrics, step=step)
-    names = ["loss", "rewards/accuracies", "judge_score", "win_rate", "kl", "response_length", "eos_rate"]
-    shown = [f"{name} {metrics[f'eval/{name}']:.3f}" for name in names if f"eval/{name}" in metrics]
-    if shown:
-        tqdm.write(f"step {step:4}: {', '.join(shown)}")
-
-
-def training_state(models: dict, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def training_state(models: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Trained weights and AdamW's moments by name: a checkpoint is written from them, and read into them."""
     tensors = {}
-    for model_name, model in models.items():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                if not optimizer.state[weight]:  # before the first step
-                    zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-                    optimizer.state[weight] = zeros | {"step": torch.zeros((), device=DEVICE)}
-                for key, value in {"weight": weight.detach(), **optimizer.state[weight]}.items():
-                    tensors[f"{model_name}.{name}.{key}"] = value
+    for name, weight in torch.nn.ModuleDict(models).named_parameters():
+        if weight.requires_grad:
+            if not optimizer.state[weight]:  # before the first step
+                zeros = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                optimizer.state[weight] = zeros | {"step": torch.zeros((), device=DEVICE)}
+            for key, value in {"weight": weight.detach(), **optimizer.state[weight]}.items():
+                tensors[f"{name}.{key}"] = value
     return tensors
 
 
-def save_checkpoint(run: Run, models: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(run: Run, models: dict[str, Any], optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write all that training changes, beside and then renamed: a run that is killed leaves no half checkpoint."""
     folder, unfinished = run.folder / f"checkpoint-{step}", run.folder / "unfinished"
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
     dcp.save(training_state(models, optimizer), storage_writer=writer)
     if RANK == 0:
-        sizes = {file.name: file.stat().st_size for file in run.folder.glob("*.jsonl")}
-        (unfinished / "sizes.json").write_text(json.dumps(sizes))
         unfinished.rename(folder)
         for older in set(run.folder.glob("checkpoint-*")) - {folder}:
             shutil.rmtree(older)
@@ -585,110 +596,111 @@ def start_run(args: Args) -> Run:
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one process speaks
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if args.resume and Path(args.output_dir or sys.exit("error: --resume needs --output-dir"), "args.json").exists():
-        stored = json.loads(Path(args.output_dir, "args.json").read_text())["args"]
-        args = Args(**stored | {"output_dir": args.output_dir, "resume": True})
-    for flag, value in asdict(args).items():
-        if flag.endswith("name_or_path") and value and not Path(value).exists():  # the hub is asked once a run
-            files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            args = replace(args, **{flag: snapshot_download(value, allow_patterns=files)})
+    if args.resume and args.output_dir is None:
+        sys.exit("error: --resume needs --output-dir")
+    for flag, value in asdict(args).items():  # on such values, training would be nonsense in silence
+        low = int(flag in ("batch_size", "micro_batch_tokens", "num_train_epochs", "eval_steps", "max_new_tokens"))
+        high = 1 if flag in ("label_smoothing", "warmup_ratio") else sys.float_info.max
+        if isinstance(value, int | float) and not low <= value <= high and not flag.endswith("score"):
+            sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
     path = args.model_name_or_path
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         sys.exit(f"error: the tokenizer of {path} has no end-of-sequence token, so no answer could end")
     stop_ids = [tokenizer.eos_token_id]
-    if Path(path, "generation_config.json").exists():  # chat models may name several
-        listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    if transformers.utils.cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+        listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several
         stop_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
     toy = getattr(config, "cleanpo_toy", False)
-    name = f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = [f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
+    dist.broadcast_object_list(name)
     settled = {flag: values[2 if toy else args.lora_rank > 0] for flag, values in args.DEFAULTS.items()}
-    settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None, "output_dir": gather({RANK: name})[0]}
+    settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None, "output_dir": name[0]}
+    settled["micro_batch_tokens"] = min(32_768, torch.cuda.mem_get_info()[1] // 2_500_000) if CUDA else 1024
     settled = {flag: value for flag, value in settled.items() if getattr(args, flag) is None}
-    positions = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    settled["max_new_tokens"] = min(args.max_new_tokens, positions // 2)
-    settled["max_length"] = min(args.max_length, positions - settled["max_new_tokens"])
     tqdm.write(", ".join([f"{flag} {value}" for flag, value in settled.items()]))
     args = replace(args, **settled)
-    saved_steps = [int(path.name.removeprefix("checkpoint-")) for path in Path(args.output_dir).glob("checkpoint-*")]
+    saved_steps = [int(path.name.split("-")[1]) for path in Path(args.output_dir).glob("checkpoint-*") if args.resume]
     return Run(args, Path(args.output_dir), tokenizer, stop_ids, max(saved_steps, default=0))
 
 
 def open_folder(run: Run, pairs: list[Pair]) -> None:
-    """Take the run's folder and write down what repeats the run; to resume one, see that its data are the same."""
-    file, digest = run.folder / "args.json", hashlib.sha256()
-    for pair in pairs:
-        digest.update(repr(pair).encode())
-    record = {"args": asdict(run.args), "data": digest.hexdigest(), "devices": f"{WORLD_SIZE} x {DEVICE.type}"}
-    record |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    """Take the run's folder and write down what repeats the run; to resume one, see that it is the same."""
+    file, args = run.folder / "args.json", asdict(run.args) | {"resume": False}
+    record = {"args": args, "data": hashlib.sha256(repr(pairs).encode()).hexdigest(), "torch": torch.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
     if stored and (not run.args.resume or (run.folder / "model").exists()):
         sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
-    if stored and stored["data"] != record["data"]:
-        sys.exit(f"error: {run.args.dataset_name} has changed since the run in {run.folder} began")
+    if stored and stored != record:
+        changed = [name for name, value in args.items() if stored["args"][name] != value] or ["data or torch"]
+        sys.exit(f"error: {', '.join(changed)} changed since the run in {run.folder} began")
     mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
     wandb.init(id=run.folder.name, resume="allow" if stored else "never", config=record, mode=mode)
+    tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(__file__, run.folder)
+        (run.folder / Path(__file__).name).write_text(Path(__file__).read_text())
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
-        saved = run.folder / f"checkpoint-{run.saved_step}/sizes.json"
-        sizes = json.loads(saved.read_text()) if saved.exists() else {}
-        for rows in run.folder.glob("*.jsonl") if stored else ():  # what came after the checkpoint comes again
-            os.truncate(rows, sizes.get(rows.name, 0))
-    tqdm.write(f"the run is in {run.folder}" + f" and goes on at step {run.saved_step} with its flags" * bool(stored))
-    if RANK == 0 and not stored:  # in one piece: a run that is killed leaves all of it or nothing
-        (run.folder / "unfinished.json").write_text(json.dumps(record, indent=1))
-        (run.folder / "unfinished.json").rename(file)
+        for rows in run.folder.glob("*.jsonl") if stored else []:  # what came after the checkpoint comes again
+            lines = [line for line in rows.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]
+            rows.write_text("".join(lines if run.saved_step > 0 else []))
+        file.write_text(json.dumps(record, indent=1))
     dist.barrier()
 
 
 def save_model(run: Run, model: Any, folder: Path) -> None:
-    """Save a model in the dtype of the computation, of LoRA the adapter, with the tokenizer."""
-    names = model.state_dict().keys()
+    """Save a model in the dtype of the computation, of LoRA the adapter, with the tokenizer, and in one piece."""
+    names, unfinished = model.state_dict().keys(), run.folder / "unfinished"
     with inference(model):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         if RANK == 0:
             tensors = {name: tensors[name].to("cpu", copy=True) for name in names if name in tensors}
-            model.save_pretrained(folder, state_dict=tensors)
-            run.tokenizer.save_pretrained(folder)
-
-
-def finish_run(run: Run, policy: Any) -> None:
-    """Save the policy, and show what has changed from the first evaluation to the last one."""
-    save_model(run, policy, run.folder / "unfinished")
-    if RANK == 0:
-        (run.folder / "unfinished").rename(run.folder / "model")
-        step = json.loads((run.folder / "samples.jsonl").read_text().splitlines()[-1])["step"]
-        samples = [read_rows(run.folder / "samples.jsonl", number) for number in (0, step)]
-        for before, after in list(zip(*samples, strict=True))[:3]:
-            tqdm.write(f"\nprompt: {before['prompt']}\nbefore: {before['response']}\nafter:  {after['response']}")
-        tqdm.write(f"\n{'':24}{'initial':>10}{'final':>10}")
-        first, last = [read_rows(run.folder / "metrics.jsonl", number)[0] for number in (0, step)]
-        for name in list(first)[1:]:
-            tqdm.write(f"{name.removeprefix('eval/'):24}{first[name]:10.4f}{last[name]:10.4f}")
-    dist.destroy_process_group()
-    time.sleep(0.1)  # gloo's thread must not outlive the interpreter
+            model.save_pretrained(unfinished, state_dict=tensors)
+            run.tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
 
 
 # region method: functions
-ADAM_EPS = 1e-5
+import gc  # noqa: E402 - the shared imports above have no use for it
+
+
+def train_stage(
+    run: Run, models: dict, loss_of: Callable, measure: Callable, pairs: list, batches: list, lr: float, start: int
+) -> None:
+    """Stages 1 and 2: train a model on pairs, in steps that are numbered from start + 1."""
+    args, last_step = run.args, start + len(batches)
+    optimizer, learning_rates, done = start_training(run, models, lr, len(batches), start, eps=1e-5)
+    if done == 0:
+        run.log(0, measure(step=0))
+    for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):
+        batch, parts = [pairs[i] for i in batches[step - start - 1]], []
+        for indices in micro_batches([len(pair) for pair in batch], args.micro_batch_tokens):
+            losses, metrics = loss_of([batch[i] for i in indices], batch)
+            (losses.sum() * WORLD_SIZE / len(batch)).backward()  # FSDP takes the mean over the devices
+            parts.append({"loss": losses} | metrics)
+        metrics = means_of("train", parts, len(batch))
+        metrics |= update(run, models, optimizer, learning_rates[step - start - 1])
+        if step % args.eval_steps == 0 or step == last_step:
+            metrics |= measure(step=step)
+        run.log(step, metrics)
+        if args.save_steps and (step % args.save_steps == 0 or step == last_step):
+            save_checkpoint(run, models, optimizer, step)
 
 
 def save_stage(run: Run, model: Any, kind: Any, base_path: str, tokenizer: Any, name: str) -> str:
-    """Write a stage's model for later stages, whole (LoRA merged) and in one piece; gives its folder."""
-    folder, unfinished = run.folder / name, run.folder / "unfinished"
-    save_model(run, model, unfinished)
+    """Write a stage's model for later stages, whole (LoRA merged); gives its folder."""
+    folder = run.folder / name
     if RANK == 0:
-        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+    save_model(run, model, folder)
+    if RANK == 0:
+        tokenizer.save_pretrained(folder)
         if run.args.lora_rank > 0:
             base = kind.from_pretrained(base_path, dtype="auto")
-            peft.PeftModel.from_pretrained(base, unfinished).merge_and_unload().save_pretrained(unfinished)
-            for file in unfinished.glob("adapter_*"):
+            peft.PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(folder)
+            for file in folder.glob("adapter_*"):
                 file.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
     dist.barrier()
     return str(folder)
 
@@ -696,14 +708,11 @@ def save_stage(run: Run, model: Any, kind: Any, base_path: str, tokenizer: Any, 
 # --- Stage 1: SFT ---
 
 
-def sft_loss_of(policy: Any, pairs: list[Pair], mean_length: float) -> tuple[torch.Tensor, dict]:
+def sft_loss_of(policy: Any, pairs: list[Pair], step_pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
     """Cross-entropy of each chosen answer, (B,), such that the mean over a step's answers is that over its tokens."""
-    logps = token_logps(policy, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]).sum(-1)
-    return -logps / mean_length, {}
-
-
-def chosen_length(pairs: list[Pair]) -> float:
-    return statistics.fmean([len(pair.chosen_ids) for pair in pairs])
+    logps = token_logps(policy, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs])
+    mean_length = statistics.fmean([len(pair.chosen_ids) for pair in step_pairs])
+    return -torch.stack([logps_of_answer.sum() for logps_of_answer in logps]) / mean_length, {}
 
 
 def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str, int]:
@@ -714,17 +723,10 @@ def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str,
         return str(run.folder / "sft"), len(batches)
     tqdm.write(f"stage 1: SFT, {len(batches)} steps")
     policy = load_model(run, path, trainable=True)
-
-    def gradients_of(step: int) -> Iterator[dict[str, float]]:
-        batch = [pairs[i] for i in batches[step]]
-        loss_of = partial(sft_loss_of, policy, mean_length=chosen_length(batch))
-        yield mean_loss(run, batch, loss_of, backward=True)
-
-    loss_of = partial(sft_loss_of, policy, mean_length=chosen_length(test_pairs))
-    measure = partial(evaluate, run, policy, test_pairs, loss_of)
-    adamw = {"lr": args.sft_learning_rate, "eps": ADAM_EPS}
-    step = train(run, {"policy": policy}, gradients_of, len(batches), adamw, measure)
-    return save_stage(run, policy, AutoModelForCausalLM, path, run.tokenizer, "sft"), step
+    loss_of = partial(sft_loss_of, policy)
+    measure = partial(evaluate, run, policy, test_pairs, partial(sft_loss_of, policy, step_pairs=test_pairs))
+    train_stage(run, {"policy": policy}, loss_of, measure, pairs, batches, args.sft_learning_rate, start=0)
+    return save_stage(run, policy, AutoModelForCausalLM, path, run.tokenizer, "sft"), len(batches)
 
 
 # --- Stage 2: reward model ---
@@ -760,27 +762,54 @@ def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
 
 
 def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
+    """A model with a scalar head, packed if it means the same then, as in load_model."""
     model = load_model(run, path, AutoModelForSequenceClassification, trainable)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = 0  # any: transformers wants one, and token_scores reads all tokens
+    rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
+    with inference(model):
+        own_scores = torch.cat(token_scores(model, rows))
+        model.set_attn_implementation("packed")
+        error = (torch.cat(token_scores(model, rows)) - own_scores).abs().max()
+    if not error < (1e-3 if run.args.dtype == "float32" else 0.1):
+        model.set_attn_implementation(own_attention)
     return model
 
 
-def token_scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """What a scalar head says at each token of N rows (prompt, answer), (N, T) in float32."""
-    found = []  # by a hook, because the model itself gives the score of one token alone
-    hook = model.score.register_forward_hook(lambda module, inputs, output: found.append(output))
-    input_ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)
-    output = model(input_ids=input_ids.to(DEVICE), use_cache=False)
-    hook.remove()
-    # FSDP gathers the root's weights for the backward pass only if a gradient reaches the model's own output.
-    return found[0].squeeze(-1).float() + 0 * output.logits.sum()
+def token_scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
+    """What a scalar head says before each of the answer's C tokens of each row (prompt, answer), (C,) in float32."""
+
+    def scores_of(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return model.score(states).squeeze(-1).float()
+
+    if model.config._attn_implementation == "packed":
+        return read_answers(model, rows, scores_of)
+    scores = []  # by the model's own attention, row by row
+    for prompt, answer in rows:
+        ids = torch.tensor([prompt + answer], device=DEVICE)
+        found = model.within_forward(lambda: scores_of(model.get_decoder()(ids).last_hidden_state[0], ids))  # noqa: B023
+        scores.append(found[len(prompt) - 1 : -1])
+    return tuple(scores)
 
 
 def rewards_of(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """The scores at the last tokens of N rows (prompt, answer), (N,)."""
-    scores = token_scores(model, rows)
-    return scores[range(len(rows)), [len(prompt) + len(answer) - 1 for prompt, answer in rows]]
+    """The scores at the last tokens of N rows (prompt, answer), (N,): those before a token that would follow."""
+    return torch.cat(token_scores(model, [(prompt + answer, [0]) for prompt, answer in rows]))
+
+
+def reward_loss_of(model: Any, pairs: list[Pair], step_pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
+    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    chosen, rejected = rewards_of(model, rows).chunk(2)
+    return compute_reward_loss(chosen, rejected, torch.tensor([p.preference_prob for p in pairs], device=DEVICE))
+
+
+def measure_reward_model(run: Run, model: Any, test_pairs: list[Pair], step: int) -> dict[str, float]:
+    """Loss and accuracy on the test pairs."""
+    parts = []
+    with inference(model):
+        for indices in micro_batches([len(pair) for pair in test_pairs], run.args.micro_batch_tokens):
+            losses, metrics = reward_loss_of(model, [test_pairs[i] for i in indices], test_pairs)
+            parts.append({"loss": losses} | metrics)
+    return means_of("eval/reward_model", parts, len(test_pairs))
 
 
 def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[Pair], start: int) -> tuple[str, int]:
@@ -792,36 +821,18 @@ def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[
     tqdm.write(f"stage 2: reward model, {len(batches)} steps")
     path = add_head(run, path)
     model = load_scorer(run, path, trainable=True)
-
-    def loss_of(pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
-        chosen = rewards_of(model, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs])
-        rejected = rewards_of(model, [(pair.prompt_ids, pair.rejected_ids) for pair in pairs])
-        return compute_reward_loss(chosen, rejected, torch.tensor([p.preference_prob for p in pairs], device=DEVICE))
-
-    def gradients_of(step: int) -> Iterator[dict[str, float]]:
-        yield mean_loss(run, [pairs[i] for i in batches[step]], loss_of, backward=True)
-
-    def measure(step: int) -> dict[str, float]:
-        with inference(model):
-            means = mean_loss(run, test_pairs, loss_of, backward=False)
-        shown = [f"{name} {value:.3f}" for name, value in means.items()]
-        tqdm.write(f"step {step:4}: reward model: {', '.join(shown)}")
-        return {f"eval/reward_model/{name}": value for name, value in means.items()}
-
-    adamw = {"lr": args.reward_learning_rate, "eps": ADAM_EPS}
-    step = train(run, {"reward_model": model}, gradients_of, len(batches), adamw, measure, start)
-    kind = AutoModelForSequenceClassification
-    return save_stage(run, model, kind, path, judge_tokenizer(run, pairs[0].prompt), "reward_model"), step
+    loss_of, measure = partial(reward_loss_of, model), partial(measure_reward_model, run, model, test_pairs)
+    train_stage(run, {"reward_model": model}, loss_of, measure, pairs, batches, args.reward_learning_rate, start)
+    kind, tokenizer = AutoModelForSequenceClassification, judge_tokenizer(run, pairs[0].prompt)
+    return save_stage(run, model, kind, path, tokenizer, "reward_model"), start + len(batches)
 
 
 # --- Stage 3: PPO ---
 
 
-@dataclass(frozen=True)
-class Rollout:
+class Rollout(NamedTuple):
     """An answer of the policy. The tensors are of its C tokens, (C,), on the CPU."""
 
-    row: int
     prompt_ids: list[int]
     answer_ids: list[int]
     logps: torch.Tensor
@@ -829,65 +840,76 @@ class Rollout:
     advantages: torch.Tensor
     returns: torch.Tensor
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.answer_ids)
+
+def gather(share: dict[int, Any]) -> list:
+    """The items of all processes, each of which has some, in the order of their keys."""
+    shares = [None] * WORLD_SIZE
+    dist.all_gather_object(shares, list(share.items()))
+    return [item for _, item in sorted(sum(shares, []))]
 
 
-def answer_parts(table: torch.Tensor, rows: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
-    """The parts of a table (N, T) that predict the answers of N rows (prompt, answer), (C,) each."""
-    parts = []
-    for line, (prompt, answer) in zip(table, rows, strict=True):
-        parts.append(line[len(prompt) - 1 : len(prompt) - 1 + len(answer)])
-    return parts
+def answer(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[int]]]:
+    """Rows of each prompt and a response to it; the processes share the prompts."""
+    share = range(RANK, len(prompts), WORLD_SIZE)
+    with inference(model):
+        responses = generate(run, model, [prompts[i] for i in share], seed * WORLD_SIZE + RANK, temperature=1.0)
+    return list(zip(prompts, gather(dict(zip(share, responses, strict=True))), strict=True))
+
+
+def groups_of(run: Run, rows: list) -> list[list[int]]:
+    """Indices of this process's rows or rollouts in micro-batches, for the policy and the value model together."""
+    return micro_batches([2 * (len(row[0]) + len(row[1])) for row in rows], run.args.micro_batch_tokens)
 
 
 def find_shift(run: Run, reward_model: Any, reference: Any, prompts: list[list[int]]) -> float:
     """Mean reward of the SFT model's own answers to the prompts; of those that end, if there are any."""
-    share = {}
-    with inference(reference):
-        rows = list(zip(prompts, generate(run, reference, prompts, run.args.seed, 1.0), strict=True))
-        rows = [row for row in rows if row[1][-1] in run.stop_ids] or rows
-        for group in micro_batches([len(prompt) + len(answer) for prompt, answer in rows], run.args.micro_batch_tokens):
-            share |= zip(group, rewards_of(reward_model, [rows[i] for i in group]).tolist(), strict=True)
+    rows, share = answer(run, reference, prompts, run.args.seed), {}
+    rows = [row for row in rows if row[1][-1] in run.stop_ids] or rows
+    with inference(reward_model):
+        for indices in groups_of(run, rows):
+            share |= dict(zip(indices, rewards_of(reward_model, [rows[i] for i in indices]).tolist(), strict=True))
     return statistics.fmean(gather(share))
 
 
 def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int) -> tuple[list[Rollout], dict]:
     """Let the policy answer the prompts, and find what each token was worth."""
-    args, prompts, share = run.args, [pair.prompt_ids for pair in pairs], {}
+    args, share = run.args, {}
+    rows = answer(run, models["policy"], [pair.prompt_ids for pair in pairs], seed)
     with inference(models["policy"]), inference(models["value_model"]):
-        rows = list(zip(prompts, generate(run, models["policy"], prompts, seed, temperature=1.0), strict=True))
         # In the micro-batches of the updates: equal ones are rounded equally, and the first ratios are exactly 1.
-        for group in micro_batches([2 * (len(p) + len(a)) for p, a in rows], args.micro_batch_tokens):
-            batch = [rows[i] for i in group]
-            logps = answer_parts(token_logps(models["policy"], batch).cpu(), batch)
-            ref_logps = answer_parts(token_logps(models["reference"], batch).cpu(), batch)
-            values = answer_parts(token_scores(models["value_model"], batch).cpu() - shift, batch)
-            scores = (rewards_of(models["reward_model"], batch) - shift).tolist()
-            share |= zip(group, zip(logps, ref_logps, values, scores, strict=True), strict=True)
+        for indices in groups_of(run, rows):
+            some = [rows[i] for i in indices]
+            logps, ref_logps = token_logps(models["policy"], some), token_logps(models["reference"], some)
+            values = token_scores(models["value_model"], some)
+            if models["reward_model"]:
+                scores = (rewards_of(models["reward_model"], some) - shift).tolist()
+            else:
+                texts = run.tokenizer.batch_decode([response for _, response in some], skip_special_tokens=True)
+                scores = judge(run, args.reward_name_or_path, [pairs[i] for i in indices], texts)
+            for k, i in enumerate(indices):
+                share[i] = (logps[k].cpu(), ref_logps[k].cpu(), values[k].cpu() - shift, scores[k])
     logps, ref_logps, values, scores = zip(*gather(share), strict=True)
-    ended = [answer[-1] in run.stop_ids for _, answer in rows]
+    ended = [response[-1] in run.stop_ids for _, response in rows]
     scores = [score if end else args.missing_eos_score for score, end in zip(scores, ended, strict=True)]
     kls = [logp - ref_logp for logp, ref_logp in zip(logps, ref_logps, strict=True)]  # k1, token by token
     rewards = [-args.kl_coef * kl for kl in kls]
     for reward, score in zip(rewards, scores, strict=True):
         reward[-1] += score  # on the last token, as a rule that of the end
-    tables = [pad_sequence(parts, batch_first=True) for parts in (rewards, values)]  # (N, C)
+    tables = [torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (rewards, values)]  # (N, C)
     advantages, returns = estimate_advantages(*tables, args.gamma, args.gae_lambda)
     flat = torch.cat([line[: len(value)] for line, value in zip(advantages, values, strict=True)])
     advantages = (advantages - flat.mean()) * torch.rsqrt(flat.var(correction=0) + 1e-8)  # whitened over the step
     rollouts = []
-    for i, (pair, (prompt, answer)) in enumerate(zip(pairs, rows, strict=True)):
-        ends = len(answer)
-        known = logps[i], values[i], advantages[i, :ends], returns[i, :ends]
-        rollouts.append(Rollout(pair.row, prompt, answer, *known))
+    for i, (prompt, response) in enumerate(rows):
+        end = len(response)
+        rollouts.append(Rollout(prompt, response, logps[i], values[i], advantages[i, :end], returns[i, :end]))
     metrics = {
-        "kl": statistics.fmean([kl.sum().item() for kl in kls]),
-        "entropy": -torch.cat(logps).mean().item(),  # per token, estimated by the samples
-        "score": statistics.fmean(scores),
-        "value": torch.cat(values).mean().item(),
-        "eos_rate": statistics.fmean(ended),
-        "response_length": statistics.fmean([len(answer) for _, answer in rows]),
+        "train/kl": statistics.fmean([kl.sum().item() for kl in kls]),
+        "train/entropy": -torch.cat(logps).mean().item(),  # per token, estimated by the samples
+        "train/score": statistics.fmean(scores),
+        "train/value": torch.cat(values).mean().item(),
+        "train/eos_rate": statistics.fmean(ended),
+        "train/response_length": statistics.fmean([len(response) for _, response in rows]),
     }
     return rollouts, metrics
 
@@ -897,8 +919,8 @@ def ppo_loss_of(
 ) -> tuple[torch.Tensor, dict]:
     """Loss and metrics of each answer, (B,), such that the mean over a step's answers is that over its tokens."""
     args, rows = run.args, [(rollout.prompt_ids, rollout.answer_ids) for rollout in rollouts]
-    logps = torch.cat(answer_parts(token_logps(models["policy"], rows), rows))
-    values = torch.cat(answer_parts(token_scores(models["value_model"], rows) - shift, rows))
+    logps = torch.cat(token_logps(models["policy"], rows))
+    values = torch.cat(token_scores(models["value_model"], rows)) - shift
     old_logps = torch.cat([rollout.logps for rollout in rollouts]).to(DEVICE)
     old_values = torch.cat([rollout.values for rollout in rollouts]).to(DEVICE)
     advantages = torch.cat([rollout.advantages for rollout in rollouts]).to(DEVICE)
@@ -906,7 +928,6 @@ def ppo_loss_of(
     policy_losses, value_losses, metrics = compute_loss(
         logps, values, old_logps, old_values, advantages, returns, args.clip_range, args.value_clip_range
     )
-
     lengths = [len(answer) for _, answer in rows]
 
     def of_answers(tokens: torch.Tensor) -> torch.Tensor:
@@ -918,32 +939,40 @@ def ppo_loss_of(
 
 def train_ppo(run: Run, sft_path: str, reward_path: str, pairs: list[Pair], test_pairs: list[Pair], start: int) -> Any:
     """The policy after PPO on the pairs' prompts."""
-    args = run.args
+    args, reward_model, shift = run.args, None, 0.0
     batches = plan_batches(replace(args, batch_size=args.rollouts_per_step), len(pairs))
+    last_step = start + len(batches)
     tqdm.write(f"stage 3: PPO, {len(batches)} steps")
-    trained = {"policy": load_model(run, sft_path, trainable=True), "value_model": load_scorer(run, reward_path, True)}
-    models = trained | {"reference": load_model(run, sft_path), "reward_model": load_scorer(run, reward_path)}
-    shift = find_shift(run, models["reward_model"], models["reference"], [pair.prompt_ids for pair in pairs[:256]])
-
-    def gradients_of(step: int) -> Iterator[dict[str, float]]:
-        batch = [pairs[i] for i in batches[step]]
-        rollouts, metrics = roll_out(run, models, shift, batch, 1_000_003 * args.seed + step)
-        mean_length = metrics["response_length"]
-        for epoch in range(args.ppo_epochs):
-            loss_of = partial(ppo_loss_of, run, models, shift, mean_length=mean_length)
-            losses = mean_loss(run, rollouts, loss_of, backward=True)
-            if step == epoch == 0:
-                tqdm.write(f"before PPO's first update: kl {metrics['kl']}, |ratio - 1| {losses['ratio_error']}")
-            yield metrics | losses
-
-    loss_of = partial(sft_loss_of, models["policy"], mean_length=chosen_length(test_pairs))
-
-    def measure(step: int) -> dict[str, float]:
-        return evaluate(run, models["policy"], test_pairs, loss_of, step) if step > 0 else {}  # stage 1 measures step 0
-
-    adamw = {"lr": args.learning_rate, "eps": ADAM_EPS}
-    train(run, trained, gradients_of, len(batches), adamw, measure, start)
-    return models["policy"]
+    gc.collect()  # models of the stages before, which FSDP's hooks keep alive
+    reference, policy = load_model(run, sft_path), load_model(run, sft_path, trainable=True)
+    if reward_path.endswith(".py"):
+        value_model = load_scorer(run, add_head(run, sft_path), trainable=True)
+    else:
+        value_model, reward_model = load_scorer(run, reward_path, trainable=True), load_scorer(run, reward_path)
+        shift = find_shift(run, reward_model, reference, [pair.prompt_ids for pair in pairs[:256]])
+    trained = {"policy": policy, "value_model": value_model}
+    models = trained | {"reference": reference, "reward_model": reward_model}
+    measure = partial(evaluate, run, policy, test_pairs, partial(sft_loss_of, policy, step_pairs=test_pairs))
+    optimizer, learning_rates, done = start_training(run, trained, args.learning_rate, len(batches), start, eps=1e-5)
+    for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):
+        batch = [pairs[i] for i in batches[step - start - 1]]
+        rollouts, facts = roll_out(run, models, shift, batch, 1_000_003 * args.seed + step)
+        for _ in range(args.ppo_epochs):
+            parts = []
+            for indices in groups_of(run, rollouts):
+                some = [rollouts[i] for i in indices]
+                losses, metrics = ppo_loss_of(run, models, shift, some, facts["train/response_length"])
+                (losses.sum() * WORLD_SIZE / len(rollouts)).backward()  # FSDP takes the mean over the devices
+                parts.append({"loss": losses} | metrics)
+            metrics = means_of("train", parts, len(rollouts))
+            metrics |= update(run, trained, optimizer, learning_rates[step - start - 1])
+        metrics |= facts
+        if step % args.eval_steps == 0 or step == last_step:
+            metrics |= measure(step=step)
+        run.log(step, metrics)
+        if args.save_steps and (step % args.save_steps == 0 or step == last_step):
+            save_checkpoint(run, trained, optimizer, step)
+    return policy
 
 
 # endregion
@@ -953,15 +982,18 @@ def main(args: Args) -> None:
     args = run.args
     train_pairs, test_pairs = load_pairs(run)
     open_folder(run, train_pairs + test_pairs)
-    reward_path = args.reward_model_name_or_path
-    if reward_path and AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
-        sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
+    reward_path = args.reward_name_or_path
+    if reward_path and not reward_path.endswith(".py"):
+        if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
+            sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
     sft_path, step = train_sft(run, train_pairs, test_pairs)
     if reward_path is None:
         reward_path, step = train_reward_model(run, sft_path, train_pairs, test_pairs, step)
     policy = train_ppo(run, sft_path, reward_path, train_pairs, test_pairs, step)
     # endregion
-    finish_run(run, policy)
+    save_model(run, policy, run.folder / "model")
+    dist.destroy_process_group()
+    time.sleep(0.1)  # gloo's thread must not outlive the interpreter
 
 
 if __name__ == "__main__":
