@@ -434,7 +434,7 @@ def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dic
 
 def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
     """A response to each prompt, in token ids; call it inside of inference(). Processes do not share the prompts."""
-    config = transformers.GenerationConfig(top_k=0, top_p=1.0, repetition_penalty=1.0, temperature=temperature)
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "temperature": temperature}
     limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
@@ -443,7 +443,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
         # Padding, on the left, is -1 at first.
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
-        output = model.generate(**inputs, **limits, generation_config=config, do_sample=True)
+        output = model.within_forward(partial(model.generate, **inputs, **settings, **limits))
         for i, answer in zip(group, output[:, width:].tolist(), strict=True):
             answers[i] = cut_answer(answer, run.stop_ids)
     return [answers[i] for i in range(len(prompts))]

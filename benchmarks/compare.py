@@ -60,7 +60,7 @@ METHODS = {
     # Without supervised fine-tuning, so that all start from one policy; with a reward model that its stage 2 has made.
     "ppo": Method(
         "PPO",
-        f"rlhf_ppo.py --sft-epochs 0 --reward-model-name-or-path {FOLDER}/reward-{{seed}}",
+        f"rlhf_ppo.py --sft-epochs 0 --reward-name-or-path {FOLDER}/reward-{{seed}}",
         "--kl-coef",
         (0.02, 0.05, 0.15),
     ),

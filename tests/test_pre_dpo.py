@@ -1,5 +1,6 @@
 """Pre-DPO: its losses and its optimum in closed form, and which models its two stages start from and refer to."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import TOY, load_script, make_batch, minimise, read_rows, start, weights_of
+from conftest import TOY, leave_group, load_script, make_batch, minimise, read_rows, start, weights_of
 from safetensors.torch import save_file
 
 dpo, simpo, pre_dpo = load_script("dpo"), load_script("simpo"), load_script("pre_dpo")
@@ -29,23 +30,24 @@ def naive_margins(model, pairs, mean=False):
 
 def test_losses_of_the_guides_are_those_of_dpo_and_simpo():
     fields = LENGTHS | {"preference_prob": torch.rand(5, dtype=torch.float64)}
-    batch, expected_batch = make_batch(script="pre_dpo", **fields), make_batch(script="dpo", **fields)
-    assert torch.equal(pre_dpo.compute_loss(batch, 0.3, 0.1)[0], dpo.compute_loss(expected_batch, 0.3, 0.1)[0])
+    batch = make_batch(script="pre_dpo", **fields)
+    torch.testing.assert_close(pre_dpo.compute_loss(batch, 0.3, 0.1)[0], dpo.compute_loss(batch, 0.3, 0.1)[0])
     losses, metrics = pre_dpo.compute_simpo_loss(batch, 2.5, 1.2, 0.1)
-    expected, others = simpo.compute_loss(expected_batch, 2.5, 1.2, 0.1)
-    assert torch.equal(losses, expected) and all(torch.equal(metrics[name], others[name]) for name in metrics)
+    expected, others = simpo.compute_loss(batch, 2.5, 1.2, 0.1)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(metrics, {name: others[name] for name in metrics})
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_the_weight_is_that_of_the_gradient(beta):
     """The gradient is -beta weight [grad log pi(y_w) - grad log pi(y_l)]; where policy and guide agree it is 1/2."""
     batch = make_batch(script="pre_dpo")
-    batch = batch._replace(ref_chosen_logps=torch.cat([batch.chosen_logps[:1], batch.ref_chosen_logps[1:]]))
-    batch = batch._replace(ref_rejected_logps=torch.cat([batch.rejected_logps[:1], batch.ref_rejected_logps[1:]]))
-    batch.chosen_logps.requires_grad_()
+    batch.ref_logps[:, 0] = batch.logps[:, 0]
+    batch.logps.requires_grad_()
     losses, metrics = pre_dpo.compute_loss(batch, beta, 0.0)
-    (gradient,) = torch.autograd.grad(losses.sum(), batch.chosen_logps)
-    torch.testing.assert_close(metrics["weight"].detach(), -gradient / beta)
+    (gradient,) = torch.autograd.grad(losses.sum(), batch.logps)
+    weight = metrics["weight"].detach()
+    torch.testing.assert_close(gradient, torch.stack([-beta * weight, beta * weight]))
     assert metrics["weight"][0] == 0.5
 
 
@@ -82,47 +84,77 @@ def existing(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["dpo", "simpo", "existing"])
+FLAGS = {"batch_size": 8, "max_new_tokens": 4, "num_eval_prompts": 4, "eval_steps": 100, "guide_learning_rate": 1e-3}
+FLAGS |= {"lr_scheduler_type": "constant", "guide_beta": 0.2, "beta": 0.3}
+
+
+@pytest.mark.parametrize("kind", ["dpo", "lora", "simpo", "existing"])
 def test_stages(kind, data, existing, tmp_path, monkeypatch):
     """Stage 2 is DPO from the initial policy with the guide as the reference, whatever trained the guide."""
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
-    folder, train_guide, loss, betas = tmp_path / "run", pre_dpo.train_guide, pre_dpo.compute_loss, set()
-    guides = [load(existing)] if kind == "existing" else []
-    monkeypatch.setattr(pre_dpo, "train_guide", lambda *given: guides.append(train_guide(*given)) or guides[0])
-    monkeypatch.setattr(pre_dpo, "compute_loss", lambda *given: betas.add((len(guides), given[1])) or loss(*given))
-    flags = {"batch_size": 8, "max_new_tokens": 4, "num_eval_prompts": 4, "eval_steps": 100, "guide_beta": 0.2}
-    flags |= {"guide_learning_rate": 1e-3, "lr_scheduler_type": "constant", "beta": 0.3, "dataset_name": str(data)}
-    flags |= {"guide_model_name_or_path": str(existing)} if kind == "existing" else {"guide": kind}
+    folder, loss, betas = tmp_path / "run", pre_dpo.compute_loss, []
+    monkeypatch.setattr(pre_dpo, "compute_loss", lambda *given: betas.append(given[1]) or loss(*given))
+    flags = FLAGS | {"dataset_name": str(data), "guide": "simpo" if kind == "simpo" else "dpo"}
+    flags |= {"guide_model_name_or_path": str(existing)} if kind == "existing" else {}
+    flags |= {"lora_rank": 4, "learning_rate": 3e-4} if kind == "lora" else {}
     pre_dpo.main(pre_dpo.Args(**flags, output_dir=str(folder)))
     metrics = read_rows(folder / "metrics.jsonl")
     rows = [row for row in metrics if "train/loss" in row]
     assert [row["train/learning_rate"] for row in rows] == [1e-3] * 3 * (kind != "existing") + [3e-4] * 3
-    assert betas == {(1, 0.3)} | ({(0, 0.2)} if kind == "dpo" else set())
+    assert list(dict.fromkeys(betas)) == ([0.2] if kind in ("dpo", "lora") else []) + [0.3]
 
     run = start("pre_dpo", TOY / "policy", **flags)
+    initial, guide = load(TOY / "policy"), load(existing if kind == "existing" else folder / "guide")
     pairs, test_pairs = pre_dpo.load_pairs(run)
     batch = [pairs[i] for i in pre_dpo.plan_batches(run.args, 20)[0]]
-    h = naive_margins(load(TOY / "policy"), batch) - naive_margins(guides[0], batch)
+    h = naive_margins(initial, batch) - naive_margins(guide, batch)
     first = rows[-3]
     assert first["train/loss"] == pytest.approx((1 + (-0.3 * h).exp()).log().mean().item(), rel=1e-4)
     assert abs(first["train/loss"] - math.log(2)) > 0.01
     assert first["train/weight"] == pytest.approx((1 / (1 + (0.3 * h).exp())).mean().item(), rel=1e-4)
     if kind == "simpo":
-        gaps = 2.5 * naive_margins(load(TOY / "policy"), batch, mean=True) - 2.5 * 0.48
+        gaps = 2.5 * naive_margins(initial, batch, mean=True) - 2.5 * 0.48
         assert rows[0]["train/loss"] == pytest.approx((1 + (-gaps).exp()).log().mean().item(), rel=1e-4)
-    if kind == "dpo":
+        margin = 2.5 * naive_margins(guide, test_pairs, mean=True).mean().item()
+        assert rows[2]["eval/rewards/margins"] == pytest.approx(margin, rel=1e-4)
+    if kind in ("dpo", "lora"):
         assert rows[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
-    h = naive_margins(load(folder / "model"), test_pairs) - naive_margins(guides[0], test_pairs)
-    assert metrics[-1]["eval/rewards/margins"] == pytest.approx(0.3 * h.mean().item(), rel=1e-4)
+        margin = 0.2 * (naive_margins(guide, test_pairs) - naive_margins(initial, test_pairs)).mean().item()
+        assert rows[2]["eval/rewards/margins"] == pytest.approx(margin, rel=1e-3)
+    h = naive_margins(load(folder / "model"), test_pairs) - naive_margins(guide, test_pairs)
+    assert metrics[-1]["eval/rewards/margins"] == pytest.approx(0.3 * h.mean().item(), rel=1e-3)
 
 
-def test_a_guide_of_another_vocabulary(existing):
+def test_killed_as_the_guide_is_saved_and_in_stage_2(data, tmp_path, monkeypatch):
+    """Both times the run goes on as if nothing had happened, the second time with the guide that it has."""
+    flags = FLAGS | {"dataset_name": str(data), "guide": "simpo", "save_steps": 3}
+    pre_dpo.main(pre_dpo.Args(**flags, output_dir=str(tmp_path / "whole")))
+    flags["output_dir"] = str(tmp_path / "killed")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    guides = []
+    for function in ("save_model", "update", None):
+        leave_group()
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            if function:
+                patch.setattr(pre_dpo, function, die)
+            pre_dpo.main(pre_dpo.Args(**flags, resume=function != "save_model"))
+        guides += [(file, file.stat().st_mtime_ns) for file in tmp_path.glob("killed/guide/*.safetensors")]
+    assert len(guides) == 2 and guides[0] == guides[1]
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
+
+
+def test_a_guide_of_another_vocabulary(existing, data):
     tokenizer = json.loads((existing / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
     (existing / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flags = {"dataset_name": str(data), "guide_model_name_or_path": str(existing)}
     with pytest.raises(SystemExit, match="^error: the guide .* has another vocabulary"):
-        pre_dpo.load_guide(start("pre_dpo", TOY / "policy"), str(existing))
+        pre_dpo.main(pre_dpo.Args(**flags, output_dir=str(existing.parent / "run")))
 
 
 def test_defaults(tiny_model):

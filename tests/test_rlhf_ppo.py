@@ -15,9 +15,9 @@ rlhf = load_script("rlhf_ppo")
 # Prompts and answers; token 0 ends an answer, and the last one does not end.
 ROWS = [([5, 6, 7, 8], [20, 21, 0]), ([9], [22, 23, 24, 25, 26, 0]), ([10, 11, 12], [0]), ([13, 14], [27, 28, 29, 30])]
 PROMPTS, ANSWERS = map(list, zip(*ROWS, strict=True))
-PAIRS = [rlhf.Pair(i, "", prompt, answer, [1, 0], 1.0 if i % 2 else 0.3) for i, (prompt, answer) in enumerate(ROWS)]
+PAIRS = [rlhf.Pair(i, "", {}, prompt, answer, [1, 0], 1.0 if i % 2 else 0.3) for i, (prompt, answer) in enumerate(ROWS)]
 FLAGS = {"kl_coef": 0.3, "missing_eos_score": -3.0, "gamma": 0.9, "seed": 5, "ppo_epochs": 3}
-FLAGS |= {"clip_range": 0.3, "value_clip_range": 0.1, "value_coef": 0.4}
+FLAGS |= {"clip_range": 0.3, "value_clip_range": 0.1, "value_coef": 0.4, "max_steps": 1, "max_grad_norm": 1e9}
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 SCORER = {"head": "SequenceClassification", "num_labels": 1}
 TEMPLATE = (TOY / "policy/chat_template.jinja").read_text()
@@ -116,15 +116,16 @@ def test_losses_are_clipped():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_scores_are_those_of_the_model_itself(family, run, tiny_model):
-    """At each token, what the model says of the row up to there, alone; padding changes nothing."""
-    path = tiny_model(family, **SCORER)
+@pytest.mark.parametrize("family, cap", [("llama", None), ("qwen3", None), ("gpt2", None), ("gemma2", 0.5)])
+def test_scores_are_those_of_the_model_itself(family, cap, run, tiny_model):
+    """Before each token of an answer, what the model says of the row up to there, alone; caps are not packed."""
+    path = tiny_model(family, **SCORER, **({"attn_logit_softcapping": cap} if cap else {}))
     model, alone = rlhf.load_scorer(run, path), plain(path)
-    scores, rewards = rlhf.token_scores(model, ROWS), rlhf.rewards_of(model, ROWS)
-    for (prompt, answer), line, reward in zip(ROWS, scores, rewards, strict=True):
-        expected = naive_scores(alone, prompt[:1], prompt[1:] + answer)
-        torch.testing.assert_close(line[: len(expected)], expected, **CLOSE)
+    assert (model.config._attn_implementation == "packed") is (cap is None)
+    values, rewards = rlhf.token_scores(model, ROWS), rlhf.rewards_of(model, ROWS)
+    for row, line, reward in zip(ROWS, values, rewards, strict=True):
+        expected = naive_scores(alone, *row)
+        torch.testing.assert_close(line, expected[:-1], **CLOSE)
         torch.testing.assert_close(reward, expected[-1], **CLOSE)
 
 
@@ -205,7 +206,7 @@ def test_rollout(run, models, asked):
     whitened = (flat - flat.mean()) / flat.std(correction=0)
     torch.testing.assert_close(torch.cat([rollout.advantages for rollout in rollouts]), whitened, **CLOSE)
     means = {"kl": sum(kl.sum().item() for kl in kls) / 4, "score": sum(scores) / 4, "eos_rate": 3 / 4}
-    assert {name: metrics[name] for name in means} == pytest.approx(means, abs=1e-4)
+    assert {name: metrics[f"train/{name}"] for name in means} == pytest.approx(means, abs=1e-4)
 
 
 @torch.no_grad()
@@ -226,21 +227,25 @@ def test_a_constant_in_both_scorers_changes_nothing(run, models, asked):
             models[name].score.bias = torch.nn.Parameter(torch.tensor([constant]))
         shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PROMPTS)
         rollouts, metrics = rlhf.roll_out(run, models, shift, PAIRS, seed=7)
-        losses, _ = rlhf.ppo_loss_of(run, models, shift, rollouts, metrics["response_length"])
+        losses, _ = rlhf.ppo_loss_of(run, models, shift, rollouts, metrics["train/response_length"])
         found.append([torch.cat([torch.cat([r.advantages, r.returns - r.values]) for r in rollouts]), losses])
     torch.testing.assert_close(*found, **CLOSE)
 
 
 @pytest.fixture
 def first_step(monkeypatch):
-    """Stages end after their first step without an update: their models with gradients, and all metrics."""
-    found = {}
+    """Stages end after their first step, without an update: its models, with gradients, and the losses of updates."""
+    found = {"losses": []}
 
-    def train(run, models, gradients_of, *rest):
-        found.update(models, metrics=list(gradients_of(0)))
-        return 0
+    def means_of(kind, parts, count):
+        if kind == "train":
+            found["losses"].append(sum(part["loss"].sum().item() for part in parts) / count)
+        return {}
 
-    monkeypatch.setattr(rlhf, "train", train)
+    monkeypatch.setattr(rlhf, "update", lambda run, models, *rest: found.update(models) or {})
+    monkeypatch.setattr(rlhf, "evaluate", lambda *args, **flags: {})
+    monkeypatch.setattr(rlhf, "means_of", means_of)
+    monkeypatch.setattr(rlhf.Run, "log", lambda *args: None)
     return found
 
 
@@ -248,7 +253,7 @@ def assert_step(found, losses, updates=1, **models):
     """Each update has the loss and gradients of the mean of naive losses of plain models."""
     loss = torch.stack(losses).mean()
     (updates * loss).backward()
-    assert [metrics["loss"] for metrics in found["metrics"]] == pytest.approx([loss.item()] * updates, rel=1e-4)
+    assert found["losses"] == pytest.approx([loss.item()] * updates, rel=1e-4)
     for name, model in models.items():
         for weight, expected in zip(found[name].parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(weight.grad, expected.grad, rtol=2e-3, atol=1e-4)
@@ -283,12 +288,12 @@ def test_step_of_ppo(run, tiny_model, first_step, monkeypatch):
         logps, values = naive_logps(policy, *row), naive_scores(value_model, *row)[:-1] - 0.25
         noise, value_noise, advantages, returns = torch.randn(4, len(row[1]), generator=generator)
         old_logps, old_values = (logps + 0.3 * noise).detach(), (values + 0.3 * value_noise).detach()
-        rollouts.append(rlhf.Rollout(0, *row, old_logps, old_values, advantages, returns))
+        rollouts.append(rlhf.Rollout(*row, old_logps, old_values, advantages, returns))
         for t, advantage in enumerate(advantages):
             ratio, near = (logps[t] - old_logps[t]).exp(), values[t].clamp(old_values[t] - 0.1, old_values[t] + 0.1)
             value_loss = torch.max((values[t] - returns[t]) ** 2, (near - returns[t]) ** 2) / 2
             losses.append(torch.max(-advantage * ratio, -advantage * ratio.clamp(0.7, 1.3)) + 0.4 * value_loss)
-    metrics = {"response_length": len(losses) / len(ROWS), "kl": 0.0}
+    metrics = {"train/response_length": len(losses) / len(ROWS)}
     monkeypatch.setattr(rlhf, "find_shift", lambda *args: 0.25)
     monkeypatch.setattr(rlhf, "roll_out", lambda *args: (rollouts, metrics))
     rlhf.train_ppo(run, tiny_model(), tiny_model(**SCORER), PAIRS, PAIRS, 0)
@@ -328,7 +333,7 @@ def test_stages_start_from_each_other_s_results(tiny_model, monkeypatch, tmp_pat
 
 
 CHANGES = [{}, {"dtype": "bfloat16"}, {"lora_rank": 2}, {"dtype": "bfloat16", "lora_rank": 2}]
-CHANGES += [{"sft_epochs": 0, "reward_model_name_or_path": str(TOY / "judge")}]
+CHANGES += [{"sft_epochs": 0, "reward_name_or_path": str(TOY / "judge")}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=["float32", "bfloat16", "LoRA", "LoRA in bfloat16", "PPO alone"])
@@ -342,7 +347,7 @@ def test_each_step_has_its_own_luck(tiny_model, tmp_path):
     """Of answers to prompts that are all the same, by a policy that stays the same."""
     write_rows(tmp_path / "same.jsonl", [text_pairs(1)[0] | {"chosen": f"It was great {i}."} for i in range(24)])
     changes = {"dataset_name": str(tmp_path / "same.jsonl"), "sft_epochs": 0, "learning_rate": 0.0}
-    first, second = metrics_of(tiny_model(), tmp_path, reward_model_name_or_path=str(TOY / "judge"), **changes)[-2:]
+    first, second = metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(TOY / "judge"), **changes)[-2:]
     assert first["train/kl"] == second["train/kl"] == 0 and first["train/entropy"] != second["train/entropy"]
 
 
@@ -351,7 +356,7 @@ def test_reward_models_of_another_vocabulary_are_refused(tiny_model, tmp_path):
     tokenizer.add_tokens(["<|more|>"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="other has another vocabulary than the policy"):
-        metrics_of(tiny_model(), tmp_path, reward_model_name_or_path=str(tmp_path / "other"), max_steps=0)
+        metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(tmp_path / "other"), max_steps=0)
 
 
 @torch.no_grad()

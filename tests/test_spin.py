@@ -31,25 +31,25 @@ def naive_logp(model, prompt, answer):
 
 
 @torch.no_grad()
-def naive_sample(model, prompt, luck):
-    """An answer by a pass without cache for each token, up to the stop token 0."""
+def naive_greedy(model, prompt, length):
+    """The likeliest answer, by a pass without cache for each token, up to the stop token 0."""
     answer = []
-    while len(answer) < len(luck) and 0 not in answer:
-        cdf = model(torch.tensor([prompt + answer])).logits[0, -1].softmax(-1).cumsum(-1)
-        answer.append(int((cdf <= luck[len(answer)] * cdf[-1]).sum()))
+    while len(answer) < length and 0 not in answer:
+        answer.append(model(torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
     return answer
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
 def test_loss_and_gradient(beta):
     batch = make_batch(script="spin")
-    batch.chosen_logps.requires_grad_()
+    batch.logps.requires_grad_()
     losses, _ = spin.compute_loss(batch, beta)
-    (gradient,) = torch.autograd.grad(losses.sum(), batch.chosen_logps)
-    margins = batch.chosen_logps - batch.ref_chosen_logps - batch.rejected_logps + batch.ref_rejected_logps
-    for i, h in enumerate(margins.tolist()):
-        assert losses[i].item() == pytest.approx(math.log1p(math.exp(-beta * h)))
-        assert gradient[i].item() == pytest.approx(-beta / (1 + math.exp(beta * h)))
+    (gradient,) = torch.autograd.grad(losses.sum(), batch.logps)
+    for i in range(5):
+        truth, own = (batch.logps - batch.ref_logps)[:, i].tolist()
+        slope = -beta / (1 + math.exp(beta * (truth - own)))
+        assert losses[i].item() == pytest.approx(math.log1p(math.exp(-beta * (truth - own))))
+        assert gradient[:, i].tolist() == pytest.approx([slope, -slope])
 
 
 def expected_loss(truth, opponent, beta):
@@ -110,20 +110,27 @@ def played(data):
     return run, spin.load_model(run, str(TOY / "policy")), truths
 
 
-def test_pairs_of_an_iteration(played):
+def test_pairs_of_an_iteration(played, monkeypatch):
     """Of other prompts in each; answers, and all log-probabilities, of the old pairs too, are the opponent's."""
     run, opponent, truths = played
-    old = [replace(truths[i], rejected_ids=truths[0].chosen_ids, ref_chosen_logp=99) for i in (1, 2, 3)]
+    old = [replace(truths[i], rejected_ids=truths[0].chosen_ids, ref_logps=(99, 99)) for i in (1, 2, 3)]
+    generate, calls = spin.generate, []
+
+    def generate_greedily(*args):
+        calls.append(args[3:])
+        return generate(*args[:4], 1e-6)
+
+    monkeypatch.setattr(spin, "generate", generate_greedily)
     iterations = [spin.play_train(run, opponent, truths, old, seed) for seed in (4, 6)]
-    for seed, pairs in zip((4, 6), iterations, strict=True):
-        luck = torch.rand(5, 20, generator=torch.Generator().manual_seed(seed))
-        own = [naive_sample(opponent, pair.prompt_ids, numbers) for pair, numbers in zip(pairs, luck, strict=False)]
+    assert calls == [(4, 1.0), (6, 1.0)]  # seeds and temperatures
+    for pairs in iterations:
+        own = [naive_greedy(opponent, pair.prompt_ids, 20) for pair in pairs[:5]]
         assert [pair.rejected_ids for pair in pairs] == own + [truths[0].chosen_ids] * 3
         assert [pair.row for pair in pairs[5:]] == [1, 2, 3] and len({pair.row for pair in pairs[:5]}) == 5
         for pair in pairs:
-            assert replace(pair, rejected_ids=[0], ref_chosen_logp=0.0, ref_rejected_logp=0.0) == truths[pair.row]
+            assert replace(pair, rejected_ids=truths[pair.row].rejected_ids, ref_logps=(0.0, 0.0)) == truths[pair.row]
             logps = [naive_logp(opponent, pair.prompt_ids, answer) for answer in (pair.chosen_ids, pair.rejected_ids)]
-            assert [pair.ref_chosen_logp, pair.ref_rejected_logp] == pytest.approx(logps, rel=1e-4)
+            assert pair.ref_logps == pytest.approx(logps, rel=1e-4)
     assert {pair.row for pair in iterations[0][:5]} != {pair.row for pair in iterations[1][:5]}
 
 
@@ -150,18 +157,21 @@ def test_a_run(data, tmp_path, monkeypatch):
     assert [row["train/iteration"] for row in rows] == [0, 1, 1, 2, 2]
     assert [row["train/learning_rate"] for row in rows] == [3e-3] + [1e-3] * 4
     assert betas == {(1, 1.0), (2, 0.5), (3, 0.5)}
-    previous = []
+    run, previous, cut_answers = start("spin", TOY / "policy", **flags), [], []
     for t, first in enumerate((rows[0], rows[1], rows[3])):
         assert first["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["train/rewards/margins"] == 0
         pairs, tests = [json.loads((folder / f"iteration-{t}-{name}.json").read_text()) for name in ("train", "test")]
         answers = [pair["rejected_ids"] for pair in pairs]
-        assert answers[8:] == previous and len(tests) == 6
-        previous, cut = answers[:8], [len(answer) for answer in answers if answer[-1] != 0]
+        new = answers[: len(answers) - len(previous)]
+        assert answers == new + previous and 0 < len(new) <= 8
+        previous, cut = new, [len(answer) for answer in answers if answer[-1] != 0]
         assert first["train/cut_answers"] == pytest.approx(len(cut) / len(answers))
-        assert set(cut) == {24} and len(cut) < len(answers)
-        luck = torch.rand(6, 24, generator=torch.Generator().manual_seed(1_000_003 + 2 * t + 1))
-        for pair, numbers in zip(tests, luck, strict=True):
-            assert pair["rejected_ids"] == naive_sample(opponents[t], pair["prompt_ids"], numbers)
+        cut_answers += cut
+        prompts = [pair["prompt_ids"] for pair in tests]
+        with spin.inference(opponents[t]):
+            own = spin.generate(run, opponents[t], prompts, 1_000_003 + 2 * t + 1, 1.0)
+        assert [pair["rejected_ids"] for pair in tests] == own and len(own) == 6
+    assert set(cut_answers) == {24}
 
 
 def test_defaults(tiny_model):
