@@ -73,9 +73,7 @@ class Args:
     beta: float | None = None  # strength of the pull to the reference; None = 0.1, 1 or 0.002, the paper's for the loss
     learning_rate: float | None = None  # None = 5e-7 (5e-6 with LoRA), 3e-4 on the test bed
     rollout_temperature: float = 0.9  # of the policy's answers
-    annotator_name_or_path: str | None = (
-        None  # chat or reward model, .py file; None = initial policy, or the test bed's
-    )
+    annotator_name_or_path: str | None = None  # chat or reward model, .py file; None = the policy, or the test bed's
     annotator_instruction: str | None = None  # what to prefer; None = more helpful answers, or more positive reviews
     principles: str | None = None  # file, one instruction per line: the preferences are averaged over all
     DEFAULTS = {  # in place of None: for a real model, with LoRA, on the test bed

@@ -665,7 +665,7 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 import gc  # noqa: E402 - the shared imports above have no use for it
 
 
-def train_stage(
+def train_on_pairs(
     run: Run, models: dict, loss_of: Callable, measure: Callable, pairs: list, batches: list, lr: float, start: int
 ) -> None:
     """Stages 1 and 2: train a model on pairs, in steps that are numbered from start + 1."""
@@ -725,7 +725,7 @@ def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str,
     policy = load_model(run, path, trainable=True)
     loss_of = partial(sft_loss_of, policy)
     measure = partial(evaluate, run, policy, test_pairs, partial(sft_loss_of, policy, step_pairs=test_pairs))
-    train_stage(run, {"policy": policy}, loss_of, measure, pairs, batches, args.sft_learning_rate, start=0)
+    train_on_pairs(run, {"policy": policy}, loss_of, measure, pairs, batches, args.sft_learning_rate, start=0)
     return save_stage(run, policy, AutoModelForCausalLM, path, run.tokenizer, "sft"), len(batches)
 
 
@@ -822,7 +822,7 @@ def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[
     path = add_head(run, path)
     model = load_scorer(run, path, trainable=True)
     loss_of, measure = partial(reward_loss_of, model), partial(measure_reward_model, run, model, test_pairs)
-    train_stage(run, {"reward_model": model}, loss_of, measure, pairs, batches, args.reward_learning_rate, start)
+    train_on_pairs(run, {"reward_model": model}, loss_of, measure, pairs, batches, args.reward_learning_rate, start)
     kind, tokenizer = AutoModelForSequenceClassification, judge_tokenizer(run, pairs[0].prompt)
     return save_stage(run, model, kind, path, tokenizer, "reward_model"), start + len(batches)
 

@@ -621,11 +621,11 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 
 
 # region method: functions
-def gather(share: dict[int, Any]) -> dict[int, Any]:
+def gather(share: dict[int, Any]) -> list:
     """The items of all processes, each of which has some, in the order of their keys."""
     shares = [None] * WORLD_SIZE
     dist.all_gather_object(shares, list(share.items()))
-    return dict(sorted(sum(shares, [])))
+    return [item for _, item in sorted(sum(shares, []))]
 
 
 def play(run: Run, opponent: Any, truths: list[Pair], seed: int) -> list[Pair]:
@@ -642,8 +642,8 @@ def add_opponent(run: Run, opponent: Any, pairs: list[Pair], batches: list[list[
     own, share = add_reference(run, opponent, pairs, batches), {}
     for i, pair in enumerate(own):
         if pair is not pairs[i]:
-            share[i] = pair
-    complete = gather(share)
+            share[i] = (i, pair)
+    complete = dict(gather(share))
     return [complete.get(i, pair) for i, pair in enumerate(pairs)]
 
 

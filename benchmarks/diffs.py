@@ -19,8 +19,7 @@ INTRODUCTION = """\
 
 Each section shows what a method changes of DPO: the diff of its script against [dpo.py](dpo.py), without the docstrings
 at the top, with two lines of context and the line numbers of the files. `python benchmarks/diffs.py` writes this page
-from the scripts. pre_dpo.py, spin.py, oaif.py and rlhf_ppo.py still stand on an older core, which pads its rows and has
-its training loop in a function `train`: compare them with each other, as in `git diff --no-index pre_dpo.py spin.py`.
+from the scripts.
 
 | script | method | lines | changed lines |
 | --- | --- | --- | --- |
@@ -55,6 +54,46 @@ training: `chosen_ids` is the example's answer, `preference_prob` is 1 if that i
 `z0`, without gradients, then for the losses. The loss flattens on both sides: an answer that is far on
 the right side already, or hopelessly far on the wrong one, has little pull. `find_weights` makes up for unequal numbers
 of good and bad answers.""",
+    ),
+    "pre_dpo": (
+        "Pre-DPO",
+        """\
+The loss is DPO's, with one more metric. What changes is the reference: it is not the initial policy but a guide, which
+was trained on the same pairs before. `train_stage` is the training loop of dpo.py, called twice: for the guide, by the
+loss of DPO or of SimPO, and for the policy. The guide is kept in the run's folder, and all that stage 2 needs of it is
+how likely it finds the answers of the pairs, so it takes no memory there. Then the policy is loaded afresh: it starts
+from the initial model, not from the guide.""",
+    ),
+    "spin": (
+        "Self-play fine-tuning",
+        """\
+The loss is DPO's without soft labels; the pairs are others. The chosen answer is the ground truth of supervised data,
+which is all that `split_row` reads, and the rejected one is the policy's own. `main` becomes a loop. In each iteration
+the policy as it stands is the opponent: it answers the prompts (`play`) and is the reference as well. Then it is
+trained to prefer the truth to these answers (`train_iteration`, which has the training loop), and the result is the
+next opponent. The pairs of an iteration are kept in a file, because the policy that wrote them is gone when a run is
+resumed.""",
+    ),
+    "oaif": (
+        "Online AI feedback",
+        """\
+The pairs are made during training. Before each update, `make_pairs` lets the policy answer every prompt of the batch
+twice, and an annotator says which answer is better; of the training data only the prompts are used. Most of the new
+lines are this annotator: the question, put in both orders of the two answers, and the reply, read from the
+probabilities of `1` and `2`. The reference is needed in every step, so it stays in memory. The loss is one line for
+three methods: DPO, IPO and SLiC.""",
+    ),
+    "rlhf_ppo": (
+        "Supervised fine-tuning, reward model, PPO",
+        """\
+This is the long way that DPO cuts short. DPO's insight is that the policy can be its own reward model, so that one loss
+on pairs will do. Here the reward model is a model of its own, trained on the pairs with the same Bradley-Terry
+likelihood (`compute_reward_loss`), and the policy learns to please it by reinforcement learning, with a price on its KL
+divergence from the reference. So there is a stage of supervised fine-tuning to start from, a scalar head
+(`token_scores`), answers sampled in every step (`roll_out`), a value model with its advantages (`estimate_advantages`)
+and PPO's clipped ratio (`compute_loss`). Begin with `train_ppo`: its loop shows sampling, then the passes over the
+samples. What is not in the diff is shared even so far from DPO: data, batches, forward passes, sampling and
+evaluation.""",
     ),
 }
 

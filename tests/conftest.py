@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "rlhf_ppo"]
-PACKED = ["dpo", "ipo", "simpo", "kto"]  # whose rows lie one behind another; the others are to follow, and pad them
 # What is shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
 DPO_AND_SLOWLY_THE_OTHERS = [pytest.param(name, marks=[] if name == "dpo" else pytest.mark.slow) for name in SCRIPTS]
 
@@ -143,8 +142,6 @@ def make_batch(count=5, seed=0, script="dpo", **changes):
             name = f"ref_{side}_logps" if field == "ref_logps" else f"{side}_{field}"
             values[name] = torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20
     values |= changes
-    if "logps" not in Batch._fields:
-        return Batch(**values)
     return Batch(
         logps=torch.stack([values["chosen_logps"], values["rejected_logps"]]),
         ref_logps=torch.stack([values["ref_chosen_logps"], values["ref_rejected_logps"]]),
