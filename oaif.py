@@ -719,7 +719,7 @@ def make_pairs(run: Run, policy: Any, annotator: Annotator, batch: list[Pair], s
     """The policy's two answers to each prompt of a batch, the better one as chosen, and metrics of them."""
     size, share = len(batch), range(RANK, 2 * len(batch), WORLD_SIZE)  # the processes share the prompts
     prompts, seed = [batch[i % size].prompt_ids for i in share], (1_000_003 * run.args.seed + step) * WORLD_SIZE + RANK
-    with inference(policy):
+    with inference(policy), torch.compiler.set_stance("force_eager"):  # for steps of a token each
         answers = generate(run, policy, prompts, seed, run.args.rollout_temperature)
     answers = gather(dict(zip(share, answers, strict=True)))
     texts = run.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -848,10 +848,10 @@ def gather(share: dict[int, Any]) -> list:
     return [item for _, item in sorted(sum(shares, []))]
 
 
-def answer(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[int]]]:
+def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[int]]]:
     """Rows of each prompt and a response to it; the processes share the prompts."""
     share = range(RANK, len(prompts), WORLD_SIZE)
-    with inference(model):
+    with inference(model), torch.compiler.set_stance("force_eager"):  # for steps of a token each
         responses = generate(run, model, [prompts[i] for i in share], seed * WORLD_SIZE + RANK, temperature=1.0)
     return list(zip(prompts, gather(dict(zip(share, responses, strict=True))), strict=True))
 
@@ -863,7 +863,7 @@ def groups_of(run: Run, rows: list) -> list[list[int]]:
 
 def find_shift(run: Run, reward_model: Any, reference: Any, prompts: list[list[int]]) -> float:
     """Mean reward of the SFT model's own answers to the prompts; of those that end, if there are any."""
-    rows, share = answer(run, reference, prompts, run.args.seed), {}
+    rows, share = respond(run, reference, prompts, run.args.seed), {}
     rows = [row for row in rows if row[1][-1] in run.stop_ids] or rows
     with inference(reward_model):
         for indices in groups_of(run, rows):
@@ -874,7 +874,7 @@ def find_shift(run: Run, reward_model: Any, reference: Any, prompts: list[list[i
 def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int) -> tuple[list[Rollout], dict]:
     """Let the policy answer the prompts, and find what each token was worth."""
     args, share = run.args, {}
-    rows = answer(run, models["policy"], [pair.prompt_ids for pair in pairs], seed)
+    rows = respond(run, models["policy"], [pair.prompt_ids for pair in pairs], seed)
     with inference(models["policy"]), inference(models["value_model"]):
         # In the micro-batches of the updates: equal ones are rounded equally, and the first ratios are exactly 1.
         for indices in groups_of(run, rows):

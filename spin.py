@@ -631,7 +631,7 @@ def gather(share: dict[int, Any]) -> list:
 def play(run: Run, opponent: Any, truths: list[Pair], seed: int) -> list[Pair]:
     """The truths with the opponent's own answers as the rejected ones; the processes share the prompts."""
     share = range(RANK, len(truths), WORLD_SIZE)
-    with inference(opponent):
+    with inference(opponent), torch.compiler.set_stance("force_eager"):  # for steps of a token each
         answers = generate(run, opponent, [truths[i].prompt_ids for i in share], seed * WORLD_SIZE + RANK, 1.0)
     answers = gather(dict(zip(share, answers, strict=True)))
     return [replace(truth, rejected_ids=answers[i]) for i, truth in enumerate(truths)]
