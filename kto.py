@@ -474,7 +474,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
     for pair, score in zip(pairs, scores, strict=True):
         if score is None or not math.isfinite(score):
             sys.exit(f"error: {path} gives {score} for a response to row {pair.row}")
-    return scores
+    return [float(score) for score in scores]
 
 
 def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, step: int) -> dict[str, float]:
@@ -503,7 +503,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
         scores = judge(run, args.judge_name_or_path, test_pairs, texts)
         first_rows = [json.loads(line) for line in (run.folder / "samples.jsonl").open()] if step > 0 else rows
         for row, first, score in zip(rows, first_rows[: len(rows)], scores, strict=True):
-            row["judge_score"] = float(score)
+            row["judge_score"] = score
             tie = row["response"] == first["response"] or row["judge_score"] == first["judge_score"]
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
         means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / len(rows) ** 0.5

@@ -1,5 +1,6 @@
 """OAIF: its losses in closed form, what the annotator is asked, and what becomes of its preferences."""
 
+import contextlib
 import copy
 import json
 import math
@@ -10,12 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import TOY, load_script, make_batch, read_rows, start
+from conftest import TOY, leave_group, load_script, make_batch, read_rows, start, write_rows
 
 oaif = load_script("oaif")
 GOOD = "The rooms were great. The staff was friendly. I would stay there again."
 BAD = "The rooms were terrible."
 HOTEL = [{"role": "user", "content": "Review the hotel Blue Crown."}]
+
+
+def asked(prompt, **columns):
+    """A pair of which the annotator reads the prompt, and a Python file the other columns, too."""
+    return oaif.Pair(0, prompt, columns, [], [], [], 1.0)
 
 
 def load_float32(path, kind="CausalLM"):
@@ -48,11 +54,11 @@ def naive_logp(model, prompt, answer):
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
 def test_losses_and_gradients(loss):
     batch = make_batch(50, script="oaif")
-    for logps in (batch.chosen_logps, batch.rejected_logps):
-        logps.requires_grad_()
+    batch.logps.requires_grad_()
     losses, metrics = oaif.compute_loss(batch, loss, 0.2)
-    gradients = torch.autograd.grad(losses.sum(), [batch.chosen_logps, batch.rejected_logps])
-    h = (batch.chosen_logps - batch.ref_chosen_logps - (batch.rejected_logps - batch.ref_rejected_logps)).tolist()
+    (gradients,) = torch.autograd.grad(losses.sum(), batch.logps)
+    chosen, rejected = (batch.logps - batch.ref_logps).detach()
+    h = (chosen - rejected).tolist()
     expected = {
         "dpo": [(math.log1p(math.exp(-0.2 * x)), -0.2 / (1 + math.exp(0.2 * x))) for x in h],
         "ipo": [((x - 2.5) ** 2, 2 * (x - 2.5)) for x in h],
@@ -62,13 +68,16 @@ def test_losses_and_gradients(loss):
     assert gradients[0].tolist() == pytest.approx([slope for _, slope in expected])
     assert gradients[1].tolist() == pytest.approx([-slope for _, slope in expected])
     assert loss != "slic" or {0} < set(losses.tolist())
+    assert metrics["rewards/margins"].tolist() == pytest.approx([0.2 * x for x in h])
+    assert metrics["rewards/accuracies"].tolist() == [float(x > 0) for x in h]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_the_probability_of_a_reply_is_that_of_its_token(tiny_model, family):
-    """By a forward pass of each question alone, and a softmax over the replies 1 and 2."""
+    """By a forward pass of each question alone, and a softmax over the replies 1 and 2; packed, but for gemma2."""
     run = start("oaif", tiny_model(), annotator_name_or_path=tiny_model(family), micro_batch_tokens=100)
     annotator, model = oaif.load_annotator(run), load_float32(tiny_model(family))
+    assert (annotator.model.config._attn_implementation == "packed") == (family != "gemma2")
     questions, expected = ["So? " * 30, "Which?", "Which of the two is better?", "Which of those?"], []
     for question in questions:
         ids = annotator.tokenizer(f"<|user|>{question}<|assistant|>", return_tensors="pt").input_ids
@@ -96,8 +105,8 @@ def test_both_orders_cancel_a_bias_for_a_position(monkeypatch, bias):
     """Where there is nothing else, nothing is left of it; where there is, it never decides."""
     scores = {"good": 2.0, "fair": 0.0, "bad": 0.0}
     reply(monkeypatch, lambda instruction, request, one, two: bias + scores[one] - scores[two])
-    annotator = oaif.Annotator(None, None, ["Be kind."])
-    orders = oaif.annotate(None, annotator, [HOTEL] * 3, ["fair", "good", "bad"], ["bad", "bad", "good"])
+    annotator = oaif.Annotator("", None, None, ["Be kind."])
+    orders = oaif.annotate(None, annotator, [asked(HOTEL)] * 3, ["fair", "good", "bad"], ["bad", "bad", "good"])
     expected = [[sigmoid(bias + gap), 1 - sigmoid(bias - gap)] for gap in (0, 2, -2)]
     torch.testing.assert_close(orders, torch.tensor(expected).T)
     even, better, worse = orders.mean(0).tolist()
@@ -110,7 +119,8 @@ def test_principles_are_averaged(monkeypatch, tmp_path):
     run, requests = start("oaif", TOY / "policy", principles=str(tmp_path / "principles.txt")), []
     reply(monkeypatch, lambda text, request, *_: requests.append(request) or (1.0 if text == "Be kind." else -3.0))
     turns = [*HOTEL, {"role": "assistant", "content": "It was great."}, {"role": "user", "content": "Why?"}]
-    orders = oaif.annotate(run, oaif.load_annotator(run), ["Film?", HOTEL, turns], ["a"] * 3, ["b"] * 3)
+    pairs = [asked("Film?"), asked(HOTEL), asked(turns)]
+    orders = oaif.annotate(run, oaif.load_annotator(run), pairs, ["a"] * 3, ["b"] * 3)
     mean = (sigmoid(1) + sigmoid(-3)) / 2
     torch.testing.assert_close(orders, torch.tensor([[mean] * 3, [1 - mean] * 3]))
     conversation = "user: Review the hotel Blue Crown.\n\nassistant: It was great.\n\nuser: Why?"
@@ -120,7 +130,7 @@ def test_principles_are_averaged(monkeypatch, tmp_path):
 @pytest.mark.parametrize("instruction", ["Prefer the more positive review.", "Prefer the shorter review."])
 def test_the_annotator_of_the_test_bed_does_as_it_is_told(instruction):
     run = start("oaif", TOY / "policy", annotator_instruction=instruction)
-    orders = oaif.annotate(run, oaif.load_annotator(run), [HOTEL] * 2, [GOOD, BAD], [BAD, GOOD])
+    orders = oaif.annotate(run, oaif.load_annotator(run), [asked(HOTEL)] * 2, [GOOD, BAD], [BAD, GOOD])
     expected = [1.0, 0.0] if "positive" in instruction else [0.0, 1.0]
     assert orders.tolist() == [pytest.approx(expected, abs=0.1)] * 2
 
@@ -135,9 +145,27 @@ def test_a_reward_model_as_annotator(tmp_path):
     annotator, judge = oaif.load_annotator(run), load_float32(TOY / "judge", "SequenceClassification")
     texts = [f"<|user|>Review the hotel Blue Crown.<|assistant|>{answer}<|end|>" for answer in (GOOD, BAD)]
     good, bad = [judge(torch.tensor([annotator.tokenizer.encode(text)])).logits.item() for text in texts]
-    orders = oaif.annotate(run, annotator, [HOTEL] * 2, [GOOD, BAD], [BAD, GOOD])
+    orders = oaif.annotate(run, annotator, [asked(HOTEL)] * 2, [GOOD, BAD], [BAD, GOOD])
     assert orders.tolist() == [pytest.approx([sigmoid(good - bad), sigmoid(bad - good)], abs=1e-4)] * 2
     assert good > bad + 0.1
+
+
+REWARD = """
+def reward(prompts, completions, word, **others):
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    assert {type(text) for text in completions} == {type(prompt) for prompt in prompts}
+    return [text.count(wanted) for text, wanted in zip(texts, word, strict=True)]
+"""
+
+
+@pytest.mark.parametrize("prompt", ["Film?", HOTEL], ids=["text", "chat"])
+def test_a_python_file_as_annotator(tmp_path, prompt):
+    """By Bradley-Terry as well, each answer with the columns of its row; the order does not matter to it."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    run = start("oaif", TOY / "policy", annotator_name_or_path=str(tmp_path / "reward.py"))
+    pairs, firsts, seconds = [asked(prompt, word=word) for word in "abb"], ["aabbb", "ab", ""], ["a", "abbb", "bbbb"]
+    orders = oaif.annotate(run, oaif.load_annotator(run), pairs, firsts, seconds)
+    assert orders.tolist() == [pytest.approx([sigmoid(2 - 1), sigmoid(1 - 3), sigmoid(0 - 4)])] * 2
 
 
 CASES = [  # answers, of which those that end with / were cut off; preferences of both orders; chosen; its probability
@@ -160,24 +188,31 @@ def test_pairs(tmp_path, monkeypatch):
     sides = [[run.tokenizer.encode(text.rstrip("/")) + [0] * (text[-1:] != "/") for text in columns[k]] for k in (0, 1)]
     monkeypatch.setattr(oaif, "generate", lambda *_: sides[0] + sides[1])
     monkeypatch.setattr(oaif, "annotate", lambda *_: torch.tensor(columns[2]).T)
-    pairs, metrics = oaif.make_pairs(run, policy, None, truths, 0)
+    pairs, metrics = oaif.make_pairs(run, policy, None, truths, 3)
     for i, better in enumerate(columns[3]):
         assert pairs[i] == replace(truths[i], chosen_ids=sides[better][i], rejected_ids=sides[1 - better][i])
-    assert metrics["cut_answers"] == pytest.approx(4 / 14) and metrics["equal_answers"] == pytest.approx(1 / 7)
-    assert metrics["order_agreement"] == pytest.approx(6 / 7)  # all but the one that was cut off twice
-    assert metrics["preference"] == pytest.approx(sum(columns[4]) / 7)
-    assert metrics["chosen_length"] == pytest.approx(sum([len(pair.chosen_ids) for pair in pairs]) / 7)
-    assert metrics["rejected_length"] == pytest.approx(sum([len(pair.rejected_ids) for pair in pairs]) / 7)
+    assert metrics["train/cut_answers"] == pytest.approx(4 / 14) and metrics["train/equal_answers"] == pytest.approx(
+        1 / 7
+    )
+    assert metrics["train/order_agreement"] == pytest.approx(6 / 7)  # all but the one that was cut off twice
+    assert metrics["train/preference"] == pytest.approx(sum(columns[4]) / 7)
+    assert metrics["train/chosen_length"] == pytest.approx(sum([len(pair.chosen_ids) for pair in pairs]) / 7)
+    assert metrics["train/rejected_length"] == pytest.approx(sum([len(pair.rejected_ids) for pair in pairs]) / 7)
 
     written = read_rows(tmp_path / "annotated.jsonl")
     assert [row["annotator_prob"] for row in written] == pytest.approx(columns[4][:2])
+    assert [row["step"] for row in written] == [3, 3]
     read_by_dpo = load_script("dpo").encode_rows(start("dpo", TOY / "policy"), written, "train")
     for made, read in zip(pairs[:2], read_by_dpo, strict=True):
         for field in ("row", "prompt", "prompt_ids", "chosen_ids", "rejected_ids"):
             assert getattr(made, field) == getattr(read, field)
 
-    oaif.compute_loss(oaif.forward(policy, [pairs[5]]), "ipo", 1.0)[0].sum().backward()
-    assert all(weight.grad.abs().max() < 1e-6 for weight in policy.parameters())
+    norms = []
+    for pair in (pairs[5], pairs[0]):  # of equal answers, and of others
+        oaif.compute_loss(oaif.forward(policy, [pair]), "ipo", 1.0)[0].sum().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9).item())
+        policy.zero_grad()
+    assert norms[0] < 1e-5 * norms[1]
 
 
 FLAGS = {"batch_size": 10, "num_train_epochs": 2, "max_new_tokens": 12, "num_eval_prompts": 4, "learning_rate": 3e-3}
@@ -196,30 +231,70 @@ def test_the_paper_has_a_beta_for_each_loss(loss, beta, first, data, tmp_path, m
 
 def test_a_run(data, tmp_path, monkeypatch):
     """Every step has new answers, of the policy as it stands, and the initial policy as the reference."""
-    policies, steps, make_pairs, mean_loss = [], [], oaif.make_pairs, oaif.mean_loss
-    monkeypatch.setattr(
-        oaif, "make_pairs", lambda *given: policies.append(copy.deepcopy(given[1])) or make_pairs(*given)
-    )
+    policies, steps, make_pairs = [], [], oaif.make_pairs
 
-    def watched(run, pairs, loss_of, backward):
-        steps.extend([pairs] * backward)
-        return mean_loss(run, pairs, loss_of, backward)
+    def watched(run, policy, *given):
+        policies.append(copy.deepcopy(policy))
+        steps.append(make_pairs(run, policy, *given))
+        return steps[-1]
 
-    monkeypatch.setattr(oaif, "mean_loss", watched)
+    monkeypatch.setattr(oaif, "make_pairs", watched)
     flags = FLAGS | {"dataset_name": str(data), "output_dir": str(tmp_path / "run")}
     oaif.main(oaif.Args(**flags))
-    run, initial = start("oaif", TOY / "policy", **flags), load_float32(TOY / "policy")
+    run, initial, model = start("oaif", TOY / "policy", **flags), *[load_float32(TOY / "policy") for _ in range(2)]
+    steps, logged = [pairs for pairs, _ in steps], read_rows(tmp_path / "run/metrics.jsonl")[1:]
     rows = [[pair.row for pair in pairs] for pairs in steps]
     assert sorted(rows[0] + rows[1]) == sorted(rows[2] + rows[3]) == list(range(20))
     assert len({(pair.row, *pair.chosen_ids, -1, *pair.rejected_ids) for pairs in steps for pair in pairs}) == 40
-    for step, (policy, pairs) in enumerate(zip(policies, steps, strict=True)):
+    for step, (policy, pairs, row) in enumerate(zip(policies, steps, logged, strict=True), 1):
         with oaif.inference(policy):
             answers = oaif.generate(run, policy, [pair.prompt_ids for pair in pairs] * 2, 1_000_003 + step, 0.9)
+        model.load_state_dict(policy.state_dict())
+        losses = []
         for pair, *own in zip(pairs, answers[:10], answers[10:], strict=True):
-            sides = [pair.chosen_ids, pair.rejected_ids]
-            assert sorted(own) == sorted(sides)
-            expected = [naive_logp(initial, pair.prompt_ids, answer) for answer in sides]
-            assert [pair.ref_chosen_logp, pair.ref_rejected_logp] == pytest.approx(expected, rel=1e-4)
+            assert sorted(own) == sorted([pair.chosen_ids, pair.rejected_ids])
+            ratios = []
+            for answer in (pair.chosen_ids, pair.rejected_ids):
+                ratios.append(naive_logp(model, pair.prompt_ids, answer) - naive_logp(initial, pair.prompt_ids, answer))
+            losses.append(math.log1p(math.exp(-0.1 * (ratios[0] - ratios[1]))))
+        assert row["train/loss"] == pytest.approx(sum(losses) / 10, rel=1e-4)
+
+
+def test_annotated_pairs_of_a_run_that_is_killed(data, tmp_path, monkeypatch):
+    """They are of the prompts of their step, and say by how much a Python file prefers which; none is there twice."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [row | {"word": "aeiou"[i % 5]} for i, row in enumerate(read_rows(data / "train.jsonl"))]
+    write_rows(tmp_path / "data/train.jsonl", rows)
+    flags = FLAGS | {"dataset_name": str(tmp_path / "data"), "num_eval_prompts": 2, "save_steps": 2}
+    flags |= {"annotator_name_or_path": str(tmp_path / "reward.py"), "max_new_tokens": 32, "learning_rate": 3e-4}
+    oaif.main(oaif.Args(**flags, output_dir=str(tmp_path / "whole")))
+    annotated, words = read_rows(tmp_path / "whole/annotated.jsonl"), {str(row["prompt"]): row["word"] for row in rows}
+    for row in annotated:
+        word = words[str(row["prompt"])]
+        gap = row["chosen"][0]["content"].count(word) - row["rejected"][0]["content"].count(word)
+        assert gap >= 0 and row["annotator_prob"] == pytest.approx(sigmoid(gap))
+    batches = oaif.plan_batches(oaif.Args(**flags), 18)  # the last two rows are to test on
+    assert {row["step"] for row in annotated} == set(range(1, len(batches) + 1))
+    for step, batch in enumerate(batches, 1):
+        asked_for = [rows[i]["prompt"] for i in batch]
+        assert all(row["prompt"] in asked_for for row in annotated if row["step"] == step)
+
+    calls, update = [], oaif.update
+
+    def update_or_die(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return update(*given)
+
+    monkeypatch.setattr(oaif, "update", update_or_die)
+    for resume in (False, True):
+        leave_group()
+        with contextlib.suppress(KeyboardInterrupt):
+            oaif.main(oaif.Args(**flags, output_dir=str(tmp_path / "killed"), resume=resume))
+    assert len(calls) == 6  # steps 3 and 4 come again
+    for file in ("annotated.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 def test_defaults(tiny_model):
