@@ -49,8 +49,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# All scripts are alike outside of `# region method` ... `# endregion`. The training loop is in main: micro_batches cuts
-# a step, forward finds the log-probabilities of its answers, compute_loss is the method, update takes AdamW's step.
+# All scripts are alike outside of `# region method` ... `# endregion`. In the training loop, which calls `.backward()`,
+# micro_batches cuts a step, forward finds its log-probabilities, compute_loss is the method, update takes AdamW's step.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -267,6 +267,11 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
         if not error < (1e-3 if dtype == torch.float32 else 0.1):  # as where logits are scaled or capped
             model.set_attn_implementation(own_attention)
+            if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
+                sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if not trainable:
         return model
     if args.lora_rank > 0:
@@ -275,11 +280,8 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         if kind is AutoModelForSequenceClassification:
             lora.task_type, model.score = "SEQ_CLS", model.score.float()  # the head is trained as well
         model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for layer in layers if args.gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for layer in layers:
@@ -326,7 +328,7 @@ transformers.AttentionMaskInterface.register("packed", transformers.AttentionMas
 
 
 def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Callable) -> tuple[torch.Tensor, ...]:
-    """What `read` makes of the answers of rows (prompt, answer), a tensor (C,) for each, in a pass without padding."""
+    """What `read` makes of hidden states (n, D) and the tokens (n,) that they predict: (C,) for each row's answer."""
     ids, positions, ends, places = [], [], [0], []
     for prompt, answer in rows:
         ids += prompt + answer
@@ -339,7 +341,6 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
 
     def read_chunks() -> torch.Tensor:
         output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
-        # Hidden states (n, D), and the tokens (n,) that they predict.
         states, tokens = output.last_hidden_state[0, places], inputs["input_ids"][0].roll(-1)[places]
         if len(places) <= 2048:
             return read(states, tokens)
@@ -383,7 +384,7 @@ def forward(model: Any, pairs: list[Pair]) -> Batch:
 
 
 def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """This process's pairs with log-probabilities by the reference, which is the policy itself before its training."""
+    """This process's pairs with log-probabilities by the reference, as a rule the policy before its training."""
     complete = {}
     with inference(reference):
         # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
@@ -439,8 +440,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
     for group in micro_batches(lengths, max(8192, 4 * run.args.micro_batch_tokens), rank=0, world_size=1):
-        width = max([len(prompts[i]) for i in group])
-        # Padding, on the left, is -1 at first.
+        width = max([len(prompts[i]) for i in group])  # padding, on the left, is -1 at first
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
         output = model.within_forward(partial(model.generate, **inputs, **settings, **limits))
@@ -548,7 +548,7 @@ def start_run(args: Args) -> Run:
     if args.resume and args.output_dir is None:
         sys.exit("error: --resume needs --output-dir")
     for flag, value in asdict(args).items():  # on such values, training would be nonsense in silence
-        low = int(flag in ("batch_size", "micro_batch_tokens", "num_train_epochs", "eval_steps", "max_new_tokens"))
+        low = int(flag in ("batch_size", "micro_batch_tokens", "eval_steps", "max_new_tokens"))
         high = 1 if flag in ("label_smoothing", "warmup_ratio") else sys.float_info.max
         if isinstance(value, int | float) and not low <= value <= high and not flag.endswith("score"):
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")

@@ -55,8 +55,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# All scripts are alike outside of `# region method` ... `# endregion`. The training loop is in main: micro_batches cuts
-# a step, forward finds the log-probabilities of its answers, compute_loss is the method, update takes AdamW's step.
+# All scripts are alike outside of `# region method` ... `# endregion`. In the training loop, which calls `.backward()`,
+# micro_batches cuts a step, forward finds its log-probabilities, compute_loss is the method, update takes AdamW's step.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -290,6 +290,11 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
         if not error < (1e-3 if dtype == torch.float32 else 0.1):  # as where logits are scaled or capped
             model.set_attn_implementation(own_attention)
+            if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
+                sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if not trainable:
         return model
     if args.lora_rank > 0:
@@ -298,11 +303,8 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         if kind is AutoModelForSequenceClassification:
             lora.task_type, model.score = "SEQ_CLS", model.score.float()  # the head is trained as well
         model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for layer in layers if args.gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for layer in layers:
@@ -349,7 +351,7 @@ transformers.AttentionMaskInterface.register("packed", transformers.AttentionMas
 
 
 def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Callable) -> tuple[torch.Tensor, ...]:
-    """What `read` makes of the answers of rows (prompt, answer), a tensor (C,) for each, in a pass without padding."""
+    """What `read` makes of hidden states (n, D) and the tokens (n,) that they predict: (C,) for each row's answer."""
     ids, positions, ends, places = [], [], [0], []
     for prompt, answer in rows:
         ids += prompt + answer
@@ -362,7 +364,6 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
 
     def read_chunks() -> torch.Tensor:
         output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
-        # Hidden states (n, D), and the tokens (n,) that they predict.
         states, tokens = output.last_hidden_state[0, places], inputs["input_ids"][0].roll(-1)[places]
         if len(places) <= 2048:
             return read(states, tokens)
@@ -406,7 +407,7 @@ def forward(model: Any, pairs: list[Pair]) -> Batch:
 
 
 def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """This process's pairs with log-probabilities by the reference, which is the policy itself before its training."""
+    """This process's pairs with log-probabilities by the reference, as a rule the policy before its training."""
     complete = {}
     with inference(reference):
         # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
@@ -462,8 +463,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
     for group in micro_batches(lengths, max(8192, 4 * run.args.micro_batch_tokens), rank=0, world_size=1):
-        width = max([len(prompts[i]) for i in group])
-        # Padding, on the left, is -1 at first.
+        width = max([len(prompts[i]) for i in group])  # padding, on the left, is -1 at first
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
         output = model.within_forward(partial(model.generate, **inputs, **settings, **limits))
@@ -571,7 +571,7 @@ def start_run(args: Args) -> Run:
     if args.resume and args.output_dir is None:
         sys.exit("error: --resume needs --output-dir")
     for flag, value in asdict(args).items():  # on such values, training would be nonsense in silence
-        low = int(flag in ("batch_size", "micro_batch_tokens", "num_train_epochs", "eval_steps", "max_new_tokens"))
+        low = int(flag in ("batch_size", "micro_batch_tokens", "eval_steps", "max_new_tokens"))
         high = 1 if flag in ("label_smoothing", "warmup_ratio") else sys.float_info.max
         if isinstance(value, int | float) and not low <= value <= high and not flag.endswith("score"):
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
@@ -663,7 +663,7 @@ def train_stage(
 def train_guide(run: Run, pairs: list[Pair], test_pairs: list[Pair], batches: list[list[int]]) -> str:
     """Stage 1: the initial policy becomes the guide; gives its folder, from which stage 2 starts, resumed or not."""
     args, folder = run.args, run.folder / "guide"
-    if run.saved_step >= len(batches) and folder.exists():
+    if run.saved_step > len(batches):  # a checkpoint of stage 2: the guide was saved before it
         return str(folder)
     tqdm.write(f"stage 1: a guide by {args.guide}, {len(batches)} steps")
     guide = load_model(run, args.model_name_or_path, trainable=True)
@@ -692,17 +692,20 @@ def main(args: Args) -> None:
     args = run.args
     train_pairs, test_pairs = load_pairs(run)
     batches = plan_batches(args, len(train_pairs))
-    start = 0 if args.guide_model_name_or_path else len(batches)  # the steps of stage 1 count
-    open_folder(run, train_pairs + test_pairs)
-    guide_path = args.guide_model_name_or_path or train_guide(run, train_pairs, test_pairs, batches)
-    if AutoTokenizer.from_pretrained(guide_path).get_vocab() != run.tokenizer.get_vocab():
+    start, guide_path = len(batches), args.guide_model_name_or_path
+    if guide_path and AutoTokenizer.from_pretrained(guide_path).get_vocab() != run.tokenizer.get_vocab():
         sys.exit(f"error: the guide {guide_path} has another vocabulary than the policy")
+    open_folder(run, train_pairs + test_pairs)
+    if guide_path is None:
+        guide_path = train_guide(run, train_pairs, test_pairs, batches)
+        gc.collect()  # FSDP's hooks keep the trained model alive
+    else:
+        start = 0  # else the steps of stage 1 count
     tqdm.write(f"stage 2: DPO with the guide as the reference, from the initial policy, {len(batches)} steps")
     guide = load_model(run, guide_path)
     train_pairs = add_reference(run, guide, train_pairs, batches)
     test_pairs = add_reference(run, guide, test_pairs, [list(range(len(test_pairs)))])
-    del guide
-    gc.collect()  # FSDP's hooks keep the guide of stage 1 alive, too
+    del guide  # the policy needs the memory
     policy = load_model(run, args.model_name_or_path, trainable=True)
 
     def loss_of(pairs: list[Pair]) -> tuple[torch.Tensor, dict]:

@@ -59,8 +59,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# All scripts are alike outside of `# region method` ... `# endregion`. The training loop is in main: micro_batches cuts
-# a step, forward finds the log-probabilities of its answers, compute_loss is the method, update takes AdamW's step.
+# All scripts are alike outside of `# region method` ... `# endregion`. In the training loop, which calls `.backward()`,
+# micro_batches cuts a step, forward finds its log-probabilities, compute_loss is the method, update takes AdamW's step.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -80,7 +80,7 @@ class Args:
     rollouts_per_step: int = 128  # prompts to answer in each step of PPO; --num-train-epochs is the passes over them
     ppo_epochs: int = 4  # updates on the answers of each step
     kl_coef: float = 0.05  # price of a nat of KL divergence to the reference
-    missing_eos_score: float = -1.0  # score of an answer that does not end; the others' mean is 0 at first
+    missing_eos_score: float = -1.0  # of an answer that does not end; a reward model's scores have mean 0 at first
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # of generalised advantage estimation
     clip_range: float = 0.2  # of the policy's ratio
@@ -166,7 +166,7 @@ def compute_loss(
         "value_loss": value_losses,
         "clip_fraction": (ratio != clipped_ratio).float(),
         "approx_kl": 0.5 * (logps - old_logps) ** 2,
-        "ratio_error": (ratio - 1).abs(),  # exactly 0 in the first pass over the answers
+        "ratio_error": (ratio - 1).abs(),  # exactly 0 in the first pass over the answers; the last one's is logged
     }
     return policy_losses, value_losses, metrics
 
@@ -318,6 +318,11 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
         if not error < (1e-3 if dtype == torch.float32 else 0.1):  # as where logits are scaled or capped
             model.set_attn_implementation(own_attention)
+            if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
+                sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if not trainable:
         return model
     if args.lora_rank > 0:
@@ -326,11 +331,8 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         if kind is AutoModelForSequenceClassification:
             lora.task_type, model.score = "SEQ_CLS", model.score.float()  # the head is trained as well
         model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for layer in layers if args.gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for layer in layers:
@@ -377,7 +379,7 @@ transformers.AttentionMaskInterface.register("packed", transformers.AttentionMas
 
 
 def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Callable) -> tuple[torch.Tensor, ...]:
-    """What `read` makes of the answers of rows (prompt, answer), a tensor (C,) for each, in a pass without padding."""
+    """What `read` makes of hidden states (n, D) and the tokens (n,) that they predict: (C,) for each row's answer."""
     ids, positions, ends, places = [], [], [0], []
     for prompt, answer in rows:
         ids += prompt + answer
@@ -390,7 +392,6 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
 
     def read_chunks() -> torch.Tensor:
         output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
-        # Hidden states (n, D), and the tokens (n,) that they predict.
         states, tokens = output.last_hidden_state[0, places], inputs["input_ids"][0].roll(-1)[places]
         if len(places) <= 2048:
             return read(states, tokens)
@@ -434,7 +435,7 @@ def forward(model: Any, pairs: list[Pair]) -> Batch:
 
 
 def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """This process's pairs with log-probabilities by the reference, which is the policy itself before its training."""
+    """This process's pairs with log-probabilities by the reference, as a rule the policy before its training."""
     complete = {}
     with inference(reference):
         # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
@@ -490,8 +491,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
     for group in micro_batches(lengths, max(8192, 4 * run.args.micro_batch_tokens), rank=0, world_size=1):
-        width = max([len(prompts[i]) for i in group])
-        # Padding, on the left, is -1 at first.
+        width = max([len(prompts[i]) for i in group])  # padding, on the left, is -1 at first
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
         output = model.within_forward(partial(model.generate, **inputs, **settings, **limits))
@@ -599,7 +599,7 @@ def start_run(args: Args) -> Run:
     if args.resume and args.output_dir is None:
         sys.exit("error: --resume needs --output-dir")
     for flag, value in asdict(args).items():  # on such values, training would be nonsense in silence
-        low = int(flag in ("batch_size", "micro_batch_tokens", "num_train_epochs", "eval_steps", "max_new_tokens"))
+        low = int(flag in ("batch_size", "micro_batch_tokens", "eval_steps", "max_new_tokens"))
         high = 1 if flag in ("label_smoothing", "warmup_ratio") else sys.float_info.max
         if isinstance(value, int | float) and not low <= value <= high and not flag.endswith("score"):
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
@@ -719,7 +719,7 @@ def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str,
     """Make the chosen answers likely; gives the result's folder and the last step."""
     args, path = run.args, run.args.model_name_or_path
     batches = plan_batches(replace(args, num_train_epochs=args.sft_epochs), len(pairs))
-    if run.saved_step > len(batches) and (run.folder / "sft").exists():
+    if run.saved_step > len(batches):  # a later checkpoint: this stage was saved before it
         return str(run.folder / "sft"), len(batches)
     tqdm.write(f"stage 1: SFT, {len(batches)} steps")
     policy = load_model(run, path, trainable=True)
@@ -762,32 +762,23 @@ def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
 
 
 def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
-    """A model with a scalar head, packed if it means the same then, as in load_model."""
+    """A model with a scalar head, whose rows are packed; it must mean the same by them as by its own forward."""
+    gc.collect()  # models of the stages before, which FSDP's hooks keep alive
     model = load_model(run, path, AutoModelForSequenceClassification, trainable)
-    rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
+    rows, alone = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], []
     with inference(model):
-        own_scores = torch.cat(token_scores(model, rows))
+        for prompt, answer in rows:
+            alone.append(model(input_ids=torch.tensor([prompt + answer], device=DEVICE)).logits[0].float())
         model.set_attn_implementation("packed")
-        error = (torch.cat(token_scores(model, rows)) - own_scores).abs().max()
+        error = (rewards_of(model, rows) - torch.cat(alone)).abs().max()
     if not error < (1e-3 if run.args.dtype == "float32" else 0.1):
-        model.set_attn_implementation(own_attention)
+        sys.exit(f"error: rows of {path} cannot be packed as those of a reward or value model")
     return model
 
 
 def token_scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
     """What a scalar head says before each of the answer's C tokens of each row (prompt, answer), (C,) in float32."""
-
-    def scores_of(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return model.score(states).squeeze(-1).float()
-
-    if model.config._attn_implementation == "packed":
-        return read_answers(model, rows, scores_of)
-    scores = []  # by the model's own attention, row by row
-    for prompt, answer in rows:
-        ids = torch.tensor([prompt + answer], device=DEVICE)
-        found = model.within_forward(lambda: scores_of(model.get_decoder()(ids).last_hidden_state[0], ids))  # noqa: B023
-        scores.append(found[len(prompt) - 1 : -1])
-    return tuple(scores)
+    return read_answers(model, rows, lambda states, tokens: model.score(states).squeeze(-1).float())
 
 
 def rewards_of(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
@@ -796,6 +787,7 @@ def rewards_of(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Ten
 
 
 def reward_loss_of(model: Any, pairs: list[Pair], step_pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
+    """Loss and metrics of each pair, (B,); those of its step do not matter here."""
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     chosen, rejected = rewards_of(model, rows).chunk(2)
@@ -816,7 +808,7 @@ def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[
     """A reward model that starts from a language model; gives its folder and the last step."""
     args = run.args
     batches = plan_batches(replace(args, num_train_epochs=args.reward_epochs), len(pairs))
-    if run.saved_step > start + len(batches) and (run.folder / "reward_model").exists():
+    if run.saved_step > start + len(batches):
         return str(run.folder / "reward_model"), start + len(batches)
     tqdm.write(f"stage 2: reward model, {len(batches)} steps")
     path = add_head(run, path)
@@ -861,14 +853,25 @@ def groups_of(run: Run, rows: list) -> list[list[int]]:
     return micro_batches([2 * (len(row[0]) + len(row[1])) for row in rows], run.args.micro_batch_tokens)
 
 
-def find_shift(run: Run, reward_model: Any, reference: Any, prompts: list[list[int]]) -> float:
-    """Mean reward of the SFT model's own answers to the prompts; of those that end, if there are any."""
-    rows, share = respond(run, reference, prompts, run.args.seed), {}
-    rows = [row for row in rows if row[1][-1] in run.stop_ids] or rows
+def find_rewards(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> list[float]:
+    """Rewards of rows (prompt, answer), of as many pairs, by the reward model or, where it is None, a Python file."""
+    if reward_model is None:
+        own = range(RANK, len(rows), WORLD_SIZE)
+        texts = run.tokenizer.batch_decode([rows[i][1] for i in own], skip_special_tokens=True)
+        rewards = judge(run, run.args.reward_name_or_path, [pairs[i] for i in own], texts)
+        return gather(dict(zip(own, rewards, strict=True)))
+    share = {}
     with inference(reward_model):
         for indices in groups_of(run, rows):
             share |= dict(zip(indices, rewards_of(reward_model, [rows[i] for i in indices]).tolist(), strict=True))
-    return statistics.fmean(gather(share))
+    return gather(share)
+
+
+def find_shift(run: Run, reward_model: Any, reference: Any, pairs: list[Pair]) -> float:
+    """Mean reward of the SFT model's own answers to the pairs' prompts; of those that end, if there are some."""
+    rows = respond(run, reference, [pair.prompt_ids for pair in pairs], run.args.seed)
+    ended = [row for row in rows if row[1][-1] in run.stop_ids]
+    return statistics.fmean(find_rewards(run, reward_model, pairs, ended if len(ended) >= WORLD_SIZE else rows))
 
 
 def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int) -> tuple[list[Rollout], dict]:
@@ -881,21 +884,17 @@ def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int)
             some = [rows[i] for i in indices]
             logps, ref_logps = token_logps(models["policy"], some), token_logps(models["reference"], some)
             values = token_scores(models["value_model"], some)
-            if models["reward_model"]:
-                scores = (rewards_of(models["reward_model"], some) - shift).tolist()
-            else:
-                texts = run.tokenizer.batch_decode([response for _, response in some], skip_special_tokens=True)
-                scores = judge(run, args.reward_name_or_path, [pairs[i] for i in indices], texts)
             for k, i in enumerate(indices):
-                share[i] = (logps[k].cpu(), ref_logps[k].cpu(), values[k].cpu() - shift, scores[k])
-    logps, ref_logps, values, scores = zip(*gather(share), strict=True)
+                share[i] = (logps[k].cpu(), ref_logps[k].cpu(), values[k].cpu() - shift)
+    logps, ref_logps, values = zip(*gather(share), strict=True)
+    rewards = find_rewards(run, models["reward_model"], pairs, rows)
     ended = [response[-1] in run.stop_ids for _, response in rows]
-    scores = [score if end else args.missing_eos_score for score, end in zip(scores, ended, strict=True)]
+    scores = [reward - shift if end else args.missing_eos_score for reward, end in zip(rewards, ended, strict=True)]
     kls = [logp - ref_logp for logp, ref_logp in zip(logps, ref_logps, strict=True)]  # k1, token by token
-    rewards = [-args.kl_coef * kl for kl in kls]
-    for reward, score in zip(rewards, scores, strict=True):
+    token_rewards = [-args.kl_coef * kl for kl in kls]
+    for reward, score in zip(token_rewards, scores, strict=True):
         reward[-1] += score  # on the last token, as a rule that of the end
-    tables = [torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (rewards, values)]  # (N, C)
+    tables = [torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (token_rewards, values)]  # (N, C)
     advantages, returns = estimate_advantages(*tables, args.gamma, args.gae_lambda)
     flat = torch.cat([line[: len(value)] for line, value in zip(advantages, values, strict=True)])
     advantages = (advantages - flat.mean()) * torch.rsqrt(flat.var(correction=0) + 1e-8)  # whitened over the step
@@ -943,13 +942,13 @@ def train_ppo(run: Run, sft_path: str, reward_path: str, pairs: list[Pair], test
     batches = plan_batches(replace(args, batch_size=args.rollouts_per_step), len(pairs))
     last_step = start + len(batches)
     tqdm.write(f"stage 3: PPO, {len(batches)} steps")
-    gc.collect()  # models of the stages before, which FSDP's hooks keep alive
-    reference, policy = load_model(run, sft_path), load_model(run, sft_path, trainable=True)
+    reference = load_model(run, sft_path)
     if reward_path.endswith(".py"):
         value_model = load_scorer(run, add_head(run, sft_path), trainable=True)
     else:
         value_model, reward_model = load_scorer(run, reward_path, trainable=True), load_scorer(run, reward_path)
-        shift = find_shift(run, reward_model, reference, [pair.prompt_ids for pair in pairs[:256]])
+        shift = find_shift(run, reward_model, reference, pairs[:256])
+    policy = load_model(run, sft_path, trainable=True)
     trained = {"policy": policy, "value_model": value_model}
     models = trained | {"reference": reference, "reward_model": reward_model}
     measure = partial(evaluate, run, policy, test_pairs, partial(sft_loss_of, policy, step_pairs=test_pairs))
@@ -981,11 +980,11 @@ def main(args: Args) -> None:
     # region method: procedure
     args = run.args
     train_pairs, test_pairs = load_pairs(run)
-    open_folder(run, train_pairs + test_pairs)
     reward_path = args.reward_name_or_path
     if reward_path and not reward_path.endswith(".py"):
         if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
             sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
+    open_folder(run, train_pairs + test_pairs)
     sft_path, step = train_sft(run, train_pairs, test_pairs)
     if reward_path is None:
         reward_path, step = train_reward_model(run, sft_path, train_pairs, test_pairs, step)

@@ -12,14 +12,15 @@ pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="need
 @pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
 def test_a_run(name, data, tmp_path):
     """In bfloat16, the default there: the first numbers are exact, and the run ends well."""
-    ended = finish(name, tmp_path / "run", *flags_of(name, data), gpu="0")
-    check_mixed_precision(name, read_rows(tmp_path / "run" / "metrics.jsonl"), ended.stdout)
+    flags = ["--ppo-epochs", "1"] if name == "rlhf_ppo" else []
+    finish(name, tmp_path / "run", *flags_of(name, data), *flags, gpu="0")
+    check_mixed_precision(name, read_rows(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_lora_with_checkpointing(data, tmp_path):
     flags = ["--lora-rank", "4", "--gradient-checkpointing"]
-    ended = finish("dpo", tmp_path / "run", *flags_of("dpo", data), *flags, gpu="0")
-    check_mixed_precision("dpo", read_rows(tmp_path / "run" / "metrics.jsonl"), ended.stdout)
+    finish("dpo", tmp_path / "run", *flags_of("dpo", data), *flags, gpu="0")
+    check_mixed_precision("dpo", read_rows(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_float32_gives_what_a_cpu_gives(data, tmp_path):
@@ -37,7 +38,7 @@ def test_killed_run_goes_on(data, tmp_path):
     flags = [*flags_of("dpo", data), "--save-steps", "2"]
     finish("dpo", tmp_path / "whole", *flags, gpu="0")
     run_killed("dpo", tmp_path / "killed", *flags, at=4, gpu="0")
-    finish("dpo", tmp_path / "killed", "--resume", gpu="0")
+    finish("dpo", tmp_path / "killed", *flags, "--resume", gpu="0")
     rows, expected = (read_rows(tmp_path / folder / "metrics.jsonl") for folder in ("killed", "whole"))
     for row, other in zip(rows[1:], expected[1:], strict=True):
         assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)

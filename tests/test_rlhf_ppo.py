@@ -116,17 +116,21 @@ def test_losses_are_clipped():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family, cap", [("llama", None), ("qwen3", None), ("gpt2", None), ("gemma2", 0.5)])
-def test_scores_are_those_of_the_model_itself(family, cap, run, tiny_model):
-    """Before each token of an answer, what the model says of the row up to there, alone; caps are not packed."""
-    path = tiny_model(family, **SCORER, **({"attn_logit_softcapping": cap} if cap else {}))
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral"])
+def test_scores_are_those_of_the_model_itself(family, run, tiny_model):
+    """Before each token of an answer, what the model says of the row up to there, alone."""
+    path = tiny_model(family, **SCORER)
     model, alone = rlhf.load_scorer(run, path), plain(path)
-    assert (model.config._attn_implementation == "packed") is (cap is None)
     values, rewards = rlhf.token_scores(model, ROWS), rlhf.rewards_of(model, ROWS)
     for row, line, reward in zip(ROWS, values, rewards, strict=True):
         expected = naive_scores(alone, *row)
         torch.testing.assert_close(line, expected[:-1], **CLOSE)
         torch.testing.assert_close(reward, expected[-1], **CLOSE)
+
+
+def test_scorers_that_cannot_be_packed_are_refused(run, tiny_model):
+    with pytest.raises(SystemExit, match="error: rows of .* cannot be packed"):
+        rlhf.load_scorer(run, tiny_model("gemma2", **SCORER, attn_logit_softcapping=0.5))
 
 
 def test_head_of_a_new_reward_model(tiny_model, tmp_path):
@@ -212,7 +216,7 @@ def test_rollout(run, models, asked):
 @torch.no_grad()
 def test_shift_brings_the_reference_s_own_answers_to_0(run, models, asked):
     """Those that end: the last row does not."""
-    shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PROMPTS)
+    shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PAIRS)
     assert asked == [[models["reference"], PROMPTS, run.args.seed, 1.0]]
     rewards = [naive_scores(models["reward_model"], *row)[-1].item() for row in ROWS[:3]]
     assert sum(rewards) / 3 - shift == pytest.approx(0, abs=1e-5)
@@ -225,7 +229,7 @@ def test_a_constant_in_both_scorers_changes_nothing(run, models, asked):
     for constant in (0.0, 8.0):
         for name in ("value_model", "reward_model"):
             models[name].score.bias = torch.nn.Parameter(torch.tensor([constant]))
-        shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PROMPTS)
+        shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PAIRS)
         rollouts, metrics = rlhf.roll_out(run, models, shift, PAIRS, seed=7)
         losses, _ = rlhf.ppo_loss_of(run, models, shift, rollouts, metrics["train/response_length"])
         found.append([torch.cat([torch.cat([r.advantages, r.returns - r.values]) for r in rollouts]), losses])
