@@ -457,7 +457,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
         for name in pairs[0].columns:
             columns[name] = [pair.columns[name] for pair in pairs]
         completions = answers if isinstance(prompts[0], list) else responses
-        scores = runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns)
+        scores = list(runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns))
     else:
         model = model or load_model(run, path, AutoModelForSequenceClassification)
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -467,7 +467,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
         for name in pairs[0].columns:
             columns[name] = [pair.columns[name] for pair in pairs]
         completions = answers if isinstance(prompts[0], list) else responses
-        scores = runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns)
+        scores = list(runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns))
     else:
         model = model or load_model(run, path, AutoModelForSequenceClassification)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -669,7 +669,7 @@ def keep_pairs(run: Run, name: str, start: int, make: Callable) -> list[Pair]:
     if not file.exists() or run.saved_step < start:
         pairs = make()
         if RANK == 0:
-            unfinished.write_text(json.dumps([asdict(pair) for pair in pairs]))
+            unfinished.write_text(json.dumps([asdict(pair) for pair in pairs], default=str))
             unfinished.rename(file)
         dist.barrier()
     return [Pair(**fields) for fields in json.loads(file.read_text())]

@@ -71,7 +71,17 @@ VARIANTS = {  # tuned for claims that speak of them; other losses have the learn
 }
 OFFLINE = {"dpo": "dpo.py --beta 0.1", "ipo": "ipo.py --beta 0.05", "slic": f"{FOLDER}/slic.py --beta 0.002"}
 ONLINE = {"dpo": "--beta 0.1", "ipo": "--loss ipo --beta 0.05", "slic": "--loss slic --beta 0.002"}
-DEFAULTS = ("dpo", "ipo", "simpo", "pre_dpo", "kto", "spin", "oaif", "rlhf_ppo")  # scripts, for one run by default
+DEFAULTS = (
+    "dpo",
+    "ipo",
+    "simpo",
+    "pre_dpo",
+    "kto",
+    "spin",
+    "oaif",
+    "grpo",
+    "rlhf_ppo",
+)  # scripts, for one run by default
 DETERMINISTIC_BETAS = (0.05, 0.1, 0.3)
 ANNOTATORS = {2: 900, 5: 540, 8: 330}  # layers, and steps that take the same time; the policy has four layers
 POLICY_PARAMETERS = 968_320

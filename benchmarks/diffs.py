@@ -83,6 +83,15 @@ lines are this annotator: the question, put in both orders of the two answers, a
 probabilities of `1` and `2`. The reference is needed in every step, so it stays in memory. The loss is one line for
 three methods: DPO, IPO and SLiC.""",
     ),
+    "grpo": (
+        "Group-relative policy optimisation",
+        """\
+There are no pairs: a row is a prompt, and what the reward function wants to know of it. In every step the policy
+answers each prompt several times (`respond`), the answers are scored (`score_answers`), and an answer's advantage is
+what its reward is above or below those of its group (`group_advantages`): the group takes the place of PPO's value
+model. Then the answers are passed over as in PPO, with the clipped ratio of `compute_loss`. `loss_of_answers` has what
+tells grpo, dr_grpo, rloo and dapo apart: what a sum over tokens is divided by.""",
+    ),
     "rlhf_ppo": (
         "Supervised fine-tuning, reward model, PPO",
         """\

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
-SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "rlhf_ppo"]
+SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "grpo", "rlhf_ppo"]
 # What is shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
 DPO_AND_SLOWLY_THE_OTHERS = [pytest.param(name, marks=[] if name == "dpo" else pytest.mark.slow) for name in SCRIPTS]
 

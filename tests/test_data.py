@@ -101,8 +101,15 @@ def test_batches_leave_out_other_pairs_in_each_epoch(monkeypatch):
     assert [len(batch) for batch in batches] == [8, 8, 8, 8]
     assert all(len(set(sum(epoch, []))) == 16 for epoch in (batches[:2], batches[2:]))
     assert set(sum(batches[:2], [])) != set(sum(batches[2:], []))
-    with pytest.raises(SystemExit, match="error: a step of 6 does not divide"):
-        dpo.plan_batches(dpo.Args(batch_size=6), 19)
+    batches = dpo.plan_batches(dpo.Args(batch_size=8), 21)  # a last step with at least a pair for each device is taken
+    assert [len(batch) for batch in batches] == [8, 8, 5]
+
+
+def test_steps_of_fewer_pairs_than_devices_end_the_run(monkeypatch, data):
+    run = start("dpo", TOY / "policy", dataset_name=str(data), batch_size=3)
+    monkeypatch.setattr(dpo, "WORLD_SIZE", 4)
+    with pytest.raises(SystemExit, match="error: .* of a step are fewer than the 4 devices"):
+        dpo.load_pairs(run)
 
 
 def test_csv_with_a_header(tmp_path):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="need
 @pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
 def test_a_run(name, data, tmp_path):
     """In bfloat16, the default there: the first numbers are exact, and the run ends well."""
-    flags = ["--ppo-epochs", "1"] if name == "rlhf_ppo" else []
+    flags = {"rlhf_ppo": ["--ppo-epochs", "1"], "grpo": ["--num-iterations", "1"]}.get(name, [])
     finish(name, tmp_path / "run", *flags_of(name, data), *flags, gpu="0")
     check_mixed_precision(name, read_rows(tmp_path / "run" / "metrics.jsonl"))
 

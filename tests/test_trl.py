@@ -147,3 +147,49 @@ def test_reward_model_of_rlhf(tiny_model, tmp_path):
     transformers.AutoTokenizer.from_pretrained(path).save_pretrained(initial)
     theirs = run_theirs(trl.RewardTrainer, trl.RewardConfig(**options), model, order)[1]
     assert_equal(ours[:3], theirs, OF_REWARD_MODEL)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_grpo(tiny_model, tmp_path, loss_type):
+    """Loss and gradient of the same answers, advantages, and log-probabilities of old policy and reference."""
+    grpo, path, generator = load_script("grpo"), tiny_model(), torch.Generator().manual_seed(0)
+    answers = [[20, 21, 0], [22, 23, 24, 25], [0], [26, 27, 0]]
+    prompts, advantages = [[5, 6, 7], [5, 6, 7], [8], [8]], torch.randn(4, generator=generator)
+    own = {"loss_type": loss_type, "beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.3, "num_generations": 2}
+    run = start("grpo", path, max_new_tokens=4, **own)
+    policy = grpo.load_model(run, path, trainable=True)
+    logps = grpo.token_logps(policy, list(zip(prompts, answers, strict=True)))
+    old = [logp.detach() + 0.3 * torch.randn(len(logp), generator=generator) for logp in logps]
+    ref = [logp.detach() + 0.3 * torch.randn(len(logp), generator=generator) for logp in logps]
+    rollouts = [
+        grpo.Rollout(*values) for values in zip(prompts, answers, advantages.tolist(), [1.0] * 4, old, ref, strict=True)
+    ]
+    losses, _ = grpo.loss_of_answers(run, policy, rollouts, mean_length=11 / 4)
+    losses.mean().backward()
+
+    settings = {"per_device_train_batch_size": 4, "max_completion_length": 4, "use_cpu": True, "bf16": False} | own
+    settings |= {"use_bias_correction_kl": False}  # TRL multiplies k3 by the ratio, which is not in Eq. 3
+    config = trl.GRPOConfig(output_dir=str(tmp_path), gradient_checkpointing=False, report_to="none", **settings)
+    data, tokenizer = (
+        datasets.Dataset.from_list([{"prompt": "a"}] * 4),
+        transformers.AutoTokenizer.from_pretrained(path),
+    )
+    trainer = trl.GRPOTrainer(
+        load(path), lambda **_: [0.0], args=config, processing_class=tokenizer, train_dataset=data
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def pad(rows, left=False):
+        rows = [torch.as_tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left" if left else "right")
+
+    ones = [[1] * len(answer) for answer in answers]
+    inputs = {"prompt_ids": pad(prompts, left=True), "prompt_mask": pad([[1] * len(p) for p in prompts], left=True)}
+    inputs |= {"completion_ids": pad(answers), "completion_mask": pad(ones), "advantages": advantages}
+    inputs |= {"old_per_token_logps": pad(old), "ref_per_token_logps": pad(ref), "num_items_in_batch": torch.tensor(11)}
+    theirs = trainer._compute_loss(trainer.model, inputs)
+    theirs.backward()
+    assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    for weight, expected in zip(policy.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-4, atol=1e-6)

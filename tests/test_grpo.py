@@ -1,0 +1,240 @@
+"""GRPO: its advantages, losses and optimum, its steps against a naive loop, its data and its rewards."""
+
+import runpy
+
+import pytest
+import torch
+from conftest import ROOT, TOY, chat, load_script, read_rows, start, text_pairs, weights_of, write_rows
+
+grpo = load_script("grpo")
+LOSSES = ["grpo", "dr_grpo", "rloo", "dapo"]
+
+
+def random_rewards(size, seed=0):
+    return torch.randn(5, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_advantages_of_grpo_are_normalised():
+    advantages = grpo.group_advantages(random_rewards(6), "grpo")
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(advantages.std(1), torch.ones(5, dtype=torch.float64), rtol=1e-3, atol=0)
+    assert torch.equal(advantages, grpo.group_advantages(random_rewards(6), "dapo"))
+
+
+def test_advantages_of_rloo_are_the_gap_to_the_others():
+    rewards = random_rewards(4)
+    expected = torch.stack([rewards[:, i] - rewards[:, [k for k in range(4) if k != i]].mean(1) for i in range(4)], 1)
+    torch.testing.assert_close(grpo.group_advantages(rewards, "rloo"), expected)
+    torch.testing.assert_close(grpo.group_advantages(rewards, "dr_grpo"), expected * 3 / 4)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_equal_rewards_have_no_advantage(loss_type):
+    assert not grpo.group_advantages(torch.full((2, 4), 0.25), loss_type).any()
+
+
+def test_loss_is_clipped_on_the_harmful_side():
+    ratios, advantages = torch.tensor([[0.5, 1.1, 1.5]] * 2), torch.tensor([[2.0], [-2.0]]).expand(2, 3)
+    losses, metrics = grpo.compute_loss(ratios.log(), 0 * ratios, ratios.log(), advantages, 0.2, 0.3, beta=0.7)
+    torch.testing.assert_close(losses, torch.tensor([[-2 * 0.5, -2 * 1.1, -2 * 1.3], [2 * 0.8, 2 * 1.1, 2 * 1.5]]))
+    assert metrics["clip_fraction"].tolist() == [[0, 0, 1], [1, 0, 0]] and not metrics["kl"].any()
+
+
+def test_first_gradient_is_that_of_reinforce():
+    logps = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    advantages = torch.randn(7, dtype=torch.float64)
+    losses, _ = grpo.compute_loss(logps, logps.detach(), logps.detach(), advantages, 0.2, 0.2, beta=0.0)
+    (gradient,) = torch.autograd.grad(losses.sum(), logps)
+    torch.testing.assert_close(gradient, -advantages)
+
+
+def optimum(reward, reference, beta, reward_beta):
+    """Where a policy over single tokens ends, with the KL divergence in the loss or in the reward."""
+    theta = torch.zeros_like(reward, requires_grad=True)
+    for _ in range(4000):
+        logps = theta.log_softmax(-1)
+        old = logps.detach()
+        rewards = reward - reward_beta * (old - reference)
+        advantages = rewards - (old.exp() * rewards).sum()
+        losses, _ = grpo.compute_loss(logps, old, reference, advantages, 0.2, 0.2, beta)
+        (gradient,) = torch.autograd.grad((old.exp() * losses).sum(), theta)
+        theta.data -= gradient
+    return theta.detach().softmax(-1)
+
+
+def test_optima():
+    """With the KL in the reward pi_ref exp(r / beta), normalised. In the loss, k3's gradient is on the policy's own
+    samples that of KL(pi_ref || pi), and beta pi_ref / pi + r is the same for all tokens."""
+    generator = torch.Generator().manual_seed(0)
+    reward, reference = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    reference = reference.log_softmax(-1)
+    expected = (reference + reward / 1.5).softmax(-1)
+    torch.testing.assert_close(optimum(reward, reference, 0.0, 1.5), expected, rtol=1e-5, atol=1e-7)
+    level = 1.5 * reference.exp() / optimum(reward, reference, 1.5, 0.0) + reward
+    torch.testing.assert_close(level, level.mean().expand(5), rtol=1e-5, atol=1e-7)
+
+
+REWARD = """
+def reward(prompts, completions, weight, **columns):
+    return [len(text) * float(number) for text, number in zip(completions, weight, strict=True)]
+"""
+ANSWERS = [[20, 21, 0], [22, 23, 24, 25], [0], [26, 27, 0], [28, 0], [29, 30, 31, 32]]  # of two tokens more, 4 at most
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """In every step the same ones, to each of two prompts three times."""
+    generate = grpo.generate
+    monkeypatch.setattr(
+        grpo, "generate", lambda run, model, prompts, *rest, **more: generate(run, model, prompts, *rest, **more)
+        if len(prompts) != 6 else [list(answer) for answer in ANSWERS]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type, truncated", [*[(name, False) for name in LOSSES], ("dapo", True)])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
+def test_steps_are_those_of_a_naive_loop(loss_type, truncated, micro_batch_tokens, answers, tiny_model, tmp_path):
+    """Two steps of two updates, whichever the micro-batches: rewards, loss and gradient norm."""
+    rows = [{"prompt": row["prompt"], "weight": i + 1} for i, row in enumerate(text_pairs(2))]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    (tmp_path / "reward.py").write_text(REWARD)
+    flags = {"dataset_name": str(tmp_path / "data"), "reward_name_or_path": str(tmp_path / "reward.py")}
+    flags |= {"num_generations": 3, "prompts_per_step": 2, "num_iterations": 2, "num_train_epochs": 2, "beta": 0.5}
+    flags |= {"lr_scheduler_type": "constant", "max_grad_norm": 1e9, "learning_rate": 1e-2, "max_new_tokens": 4}
+    flags |= {"micro_batch_tokens": micro_batch_tokens, "loss_type": loss_type, "epsilon": 0.1, "epsilon_high": 0.3}
+    flags |= {"mask_truncated_completions": truncated, "output_dir": str(tmp_path / "run")}
+    grpo.main(grpo.Args(model_name_or_path=tiny_model(), **flags))
+    logged = read_rows(tmp_path / "run" / "metrics.jsonl")[1:]
+
+    run = start("grpo", tiny_model(), **flags)
+    policy, reference = (grpo.load_model(run, tiny_model(), trainable=trainable) for trainable in (True, False))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
+    pairs, _ = grpo.load_pairs(run)
+    args = run.args
+    batches = grpo.plan_batches(grpo.replace(args, batch_size=2), 2)
+    for row, batch in zip(logged, batches, strict=True):
+        prompts = [pairs[i] for i in batch for _ in range(3)]
+        texts = run.tokenizer.batch_decode(ANSWERS, skip_special_tokens=True)
+        rewards = [len(text) * float(pair.columns["weight"]) for text, pair in zip(texts, prompts, strict=True)]
+        assert row["train/reward"] == pytest.approx(sum(rewards) / 6)
+        old = [
+            naive_logps(policy, pair.prompt_ids, answer).detach() for pair, answer in zip(prompts, ANSWERS, strict=True)
+        ]
+        ref = [
+            naive_logps(reference, p.prompt_ids, answer).detach() for p, answer in zip(prompts, ANSWERS, strict=True)
+        ]
+        if loss_type == "rloo":
+            rewards = [r - 0.5 * (o - f).sum().item() for r, o, f in zip(rewards, old, ref, strict=True)]
+        advantages = []
+        for group in (rewards[:3], rewards[3:]):
+            mean = sum(group) / 3
+            std = (sum((r - mean) ** 2 for r in group) / 2) ** 0.5 + 1e-4
+            scale = {"grpo": 1 / std, "dapo": 1 / std, "dr_grpo": 1, "rloo": 3 / 2}[loss_type]
+            advantages += [(r - mean) * scale for r in group]
+        for _ in range(2):
+            losses = []
+            for i, answer in enumerate(ANSWERS):
+                logps, total = naive_logps(policy, prompts[i].prompt_ids, answer), 0.0
+                for t in range(len(answer)):
+                    ratio = (logps[t] - old[i][t]).exp()
+                    gain = torch.min(ratio * advantages[i], ratio.clamp(0.9, 1.3) * advantages[i])
+                    gap = ref[i][t] - logps[t]
+                    total = total - gain + (loss_type != "rloo") * 0.5 * (gap.exp() - gap - 1)
+                mean_length = sum(len(a) for a in ANSWERS if a[-1] == 0 or not truncated) / 6
+                total = total / {"grpo": len(answer), "dr_grpo": 4, "rloo": 1, "dapo": mean_length}[loss_type]
+                losses.append(total * (answer[-1] == 0 or not truncated))
+            loss = sum(losses) / 6
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+        assert row["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert logged[1]["train/clip_fraction"] > 0  # else nothing of it was seen
+
+
+def naive_logps(model, prompt, answer):
+    logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
+
+
+FLAGS = {"max_steps": 1, "num_generations": 2, "prompts_per_step": 2, "max_new_tokens": 4, "num_eval_prompts": 2}
+
+
+def run_with(reward, data, tmp_path, model=TOY / "policy", **changes):
+    (tmp_path / "reward.py").write_text(f"def reward(prompts, completions, **columns):\n    return {reward}\n")
+    flags = FLAGS | {"dataset_name": str(data), "reward_name_or_path": str(tmp_path / "reward.py")} | changes
+    grpo.main(grpo.Args(model_name_or_path=str(model), output_dir=str(tmp_path / "run"), **flags))
+
+
+def test_equal_rewards_leave_the_weights_as_they_are(data, tiny_model, tmp_path):
+    run_with("[0.5 for _ in prompts]", data, tmp_path, model=tiny_model(), beta=0.0, learning_rate=1.0)
+    before, after = weights_of(tiny_model()), weights_of(tmp_path / "run" / "model")
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    assert read_rows(tmp_path / "run/metrics.jsonl")[1]["train/equal_groups"] == 1
+
+
+@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')"])
+def test_rewards_that_are_no_finite_numbers_end_the_run_with_the_row(value, data, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*reward.py gives (None|nan|inf) for a response to row \d+"):
+        run_with(f"[1.0] * (len(prompts) - 1) + [{value}]", data, tmp_path)
+
+
+def test_too_few_rewards_end_the_run(data, tmp_path):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        run_with("[1.0]", data, tmp_path)
+
+
+def test_a_reward_is_needed(tiny_model):
+    with pytest.raises(SystemExit, match="error: --reward-name-or-path is needed"):
+        grpo.main(grpo.Args(model_name_or_path=tiny_model()))
+
+
+def test_a_reward_model_as_the_reward(data, tmp_path):
+    """The test bed's judge scores the samples and the answers alike."""
+    run_with("[]", data, tmp_path, reward_name_or_path=str(TOY / "judge"), learning_rate=0.0)
+    row = read_rows(tmp_path / "run/metrics.jsonl")[1]
+    assert row["train/reward_std"] > 0 and row["train/ratio"] == 1 and row["train/kl"] == 0
+
+
+def test_rows():
+    run = start("grpo", TOY / "policy", max_length=40, max_new_tokens=8)
+    rows = [
+        {"prompt": "a", "x": 1},
+        {"prompt": chat("a"), "x": 2},
+        {"chosen": chat("a", "b"), "rejected": chat("a", "c")},
+    ]
+    pairs = grpo.encode_rows(run, [*rows, {"prompt": "long " * 40}], "train")
+    assert run.tokenizer.batch_decode([pair.prompt_ids for pair in pairs]) == ["a", *["<|user|>a<|assistant|>"] * 2]
+    assert [pair.columns.get("x") for pair in pairs] == [1, 2, None]
+    with pytest.raises(SystemExit, match="error: row 0 of split train has .*: needed is prompt"):
+        grpo.encode_rows(run, [{"text": "a"}], "train")
+
+
+def test_rewards_of_the_tasks():
+    def reward_of(task, text, **columns):
+        reward = runpy.run_path(str(ROOT / f"docs/tasks/{task}.py"))["reward"]
+        return reward([chat("?")], [chat("?", text)[1:]], **{name: [value] for name, value in columns.items()}) == [1]
+
+    kept = [
+        ("sentences", "2", "One is 3.5 m. Two!"),
+        ("lower case", "", "all small."),
+        ("ending", "The end.", "Well. The end. "),
+    ]
+    broken = [
+        ("sentences", "2", "Just one."),
+        ("lower case", "", "Not small."),
+        ("ending", "The end.", "The end. Or not."),
+    ]
+    assert all(
+        reward_of("format", text, constraint=kind, value=value)
+        for kind, value, text in [*kept, ("word", "sea", "The Sea.")]
+    )
+    assert not any(
+        reward_of("format", text, constraint=kind, value=value)
+        for kind, value, text in [*broken, ("word", "sea", "season")]
+    )
+    right = [("1234", "It is 1,234."), ("7", "3 + 4 = 7.0"), ("so 3 #### -5", "-5")]
+    assert all(reward_of("arithmetic", text, answer=answer) for answer, text in right)
+    assert not any(reward_of("arithmetic", text, answer="7") for text in ("seven", "7 or 8", "17"))
