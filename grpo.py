@@ -6,7 +6,8 @@ every prompt G = --num-generations times. The reward r of an answer is compared 
 its advantage A, one for all its tokens. Then --num-iterations passes over the answers of the step minimise, by token,
 
     -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta k3        with ratio = pi / pi_old
-    k3 = pi_ref / pi - log(pi_ref / pi) - 1, which estimates the KL divergence from pi_ref, the initial policy
+    k3 = pi_ref / pi - log(pi_ref / pi) - 1, which estimates the KL divergence from pi_ref, the initial policy (in the
+         mean over answers its gradient is that of KL(pi_ref || pi); TRL multiplies it by the ratio, which mends that)
 
     --loss-type  A                          of an answer's tokens         beta
     grpo         (r - mean) / (std + 1e-4)  mean                          0.04
@@ -214,7 +215,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     pairs, count = [], 0
     for row in rows:
         prompt, columns = row.get("prompt"), {name: value for name, value in row.items() if name != "prompt"}
-        if not prompt and isinstance(row.get("chosen"), list):  # two conversations, of which the answers are the last
+        if isinstance(row.get("chosen"), list) and not isinstance(prompt, list):  # conversations that end with answers
             prompt = row["chosen"][:-1]
         if not isinstance(prompt, str | list) or not prompt:
             sys.exit(f"error: row {count} of split {split} has {[k for k in row if row[k]]}: needed is prompt")
@@ -659,11 +660,9 @@ def score_answers(run: Run, reward_model: Any, pairs: list[Pair], rows: list) ->
 
 def find_logps(run: Run, model: Any, rows: list) -> list[torch.Tensor]:
     """Log-probabilities of the answers in rows (prompt, answer), (C,) each, in the micro-batches of the updates."""
-    share = {}
+    lengths, share = [len(prompt) + len(answer) for prompt, answer in rows], {}
     with inference(model):
-        for indices in micro_batches(
-            [len(prompt) + len(answer) for prompt, answer in rows], run.args.micro_batch_tokens
-        ):
+        for indices in micro_batches(lengths, run.args.micro_batch_tokens):
             logps = token_logps(model, [rows[i] for i in indices])
             share |= dict(zip(indices, [logp.cpu() for logp in logps], strict=True))
     return gather(share)
@@ -675,7 +674,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
     pairs = [pairs[i // size] for i in range(size * len(pairs))]  # groups stand one behind another
     rows = respond(run, policy, [pair.prompt_ids for pair in pairs], seed)
     old_logps = find_logps(run, policy, rows)
-    ref_logps = find_logps(run, reference, rows) if reference else old_logps
+    ref_logps = old_logps if reference is None else find_logps(run, reference, rows)
     rewards = torch.tensor(score_answers(run, reward_model, pairs, rows))
     kls = torch.stack([(old - ref).sum() for old, ref in zip(old_logps, ref_logps, strict=True)])
     groups = (rewards - args.beta * kls if args.loss_type == "rloo" else rewards).view(-1, size)
@@ -750,12 +749,11 @@ def main(args: Args) -> None:
     for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):
         prompts = [train_pairs[i] for i in batches[step - 1]]
         rollouts, facts = sample_groups(run, policy, reference, reward_model, prompts, 1_000_003 * args.seed + step)
-        mean_length = statistics.fmean([r.weight * len(r.answer_ids) for r in rollouts]) or 1.0
+        mean_length = statistics.fmean([rollout.weight * len(rollout.answer_ids) for rollout in rollouts]) or 1.0
+        lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
         for _ in range(args.num_iterations):
             parts = []
-            for indices in micro_batches(
-                [len(r.prompt_ids) + len(r.answer_ids) for r in rollouts], args.micro_batch_tokens
-            ):
+            for indices in micro_batches(lengths, args.micro_batch_tokens):
                 losses, metrics = loss_of_answers(run, policy, [rollouts[i] for i in indices], mean_length)
                 (losses.sum() * WORLD_SIZE / len(rollouts)).backward()  # FSDP takes the mean over the devices
                 parts.append({"loss": losses} | metrics)

@@ -195,6 +195,9 @@ def plan(runs: dict) -> list[str]:
     for weights in (ALL, BALANCED, UNWEIGHTED):
         planned += [few_desirable_run(weights, seed) for seed in SEEDS[:3]]
     planned += [f"python {script}.py" for script in DEFAULTS]
+    for seed in SEEDS[1:3]:
+        planned += [f"python {script}.py --seed {seed}" for script in ("oaif", "grpo", "rlhf_ppo")]
+    planned += [f"python grpo.py --loss-type {loss}" for loss in ("dr_grpo", "rloo", "dapo")]
     return list(dict.fromkeys(planned))
 
 

@@ -203,7 +203,7 @@ def test_rows():
     rows = [
         {"prompt": "a", "x": 1},
         {"prompt": chat("a"), "x": 2},
-        {"chosen": chat("a", "b"), "rejected": chat("a", "c")},
+        {"prompt": "b", "chosen": chat("a", "b"), "rejected": chat("a", "c")},
     ]
     pairs = grpo.encode_rows(run, [*rows, {"prompt": "long " * 40}], "train")
     assert run.tokenizer.batch_decode([pair.prompt_ids for pair in pairs]) == ["a", *["<|user|>a<|assistant|>"] * 2]
