@@ -160,11 +160,11 @@ class Pair:
 def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     """Pairs to train on, and pairs to test on."""
     args, path = run.args, Path(run.args.dataset_name)
-    if path.is_file():
-        kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
-        splits = load_dataset(kind, data_files=str(path), streaming=True)
-    else:  # files are streamed, since the cache of datasets misses a change that keeps a file's time
-        splits = load_dataset(args.dataset_name, streaming=path.exists())
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind and not (path.is_file() and path.stat().st_size > 0):
+        sys.exit(f"error: there is no file {path}, or it is empty")
+    source = {"path": kind, "data_files": str(path)} if kind else {"path": args.dataset_name}
+    splits = load_dataset(**source, streaming=path.exists())  # files in a cache could be old ones
     train_pairs = encode_rows(run, splits[args.dataset_train_split], args.dataset_train_split)
     if args.dataset_test_split in splits:
         test_pairs = encode_rows(run, splits[args.dataset_test_split], args.dataset_test_split)

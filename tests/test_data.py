@@ -112,6 +112,13 @@ def test_steps_of_fewer_pairs_than_devices_end_the_run(monkeypatch, data):
         dpo.load_pairs(run)
 
 
+def test_files_that_are_missing_or_empty_are_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("empty.jsonl", "mistyped.csv"):
+        with pytest.raises(SystemExit, match=f"error: there is no file .*{name}, or it is empty"):
+            dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(tmp_path / name)))
+
+
 def test_csv_with_a_header(tmp_path):
     file = tmp_path / "pairs.csv"
     lines = [f'"Review, the {i}.",good {i},bad,0.9' for i in range(10)]
