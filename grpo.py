@@ -2,24 +2,26 @@
 """Group-relative policy optimisation (GRPO), Shao et al. 2024, https://arxiv.org/abs/2402.03300, and three of its kin
 
 Reinforcement learning from a reward that is a function, without a value model. In each step the policy pi_old answers
-every prompt G = --num-generations times. The reward r of an answer is compared with those of its group alone: that is
-its advantage A, one for all its tokens. Then --num-iterations passes over the answers of the step minimise, by token,
+each of its prompts G = --num-generations times. The reward r of an answer is compared with those of its group alone:
+that is its advantage A, one for all its tokens. Then --num-iterations updates, each on all answers of the step, lower
+the mean over answers of what the table makes of
 
     -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta k3        with ratio = pi / pi_old
-    k3 = pi_ref / pi - log(pi_ref / pi) - 1, which estimates the KL divergence from pi_ref, the initial policy (in the
-         mean over answers its gradient is that of KL(pi_ref || pi); TRL multiplies it by the ratio, which mends that)
+    k3 = pi_ref / pi - log(pi_ref / pi) - 1, which estimates the KL divergence from pi_ref, the initial policy
 
-    --loss-type  A                          of an answer's tokens         beta
+    --loss-type  A                          over an answer's tokens       beta
     grpo         (r - mean) / (std + 1e-4)  mean                          0.04
     dr_grpo      r - mean                   sum / --max-new-tokens        0     Liu et al., arXiv:2503.20783
     rloo         r - mean of the others     sum                           0.03  Ahmadian et al., arXiv:2402.14740
     dapo         as grpo                    sum / the step's mean length  0     Yu et al., arXiv:2503.14476
 
-and of these the mean over answers. rloo has its KL, by log(pi / pi_ref), in the reward, and dapo epsilon_high 0.28; of
-DAPO this is the loss alone, without dynamic sampling and the price of length. std is over G - 1, as in TRL. A group of
-equal rewards has no gradient, and with beta 0 there is no reference. This script answers 16 prompts 8 times (GRPO's
-authors: 16 and 64), at temperature 1, with AdamW, gradient norm 1, 10 % warm-up and linear decay. In a healthy run
-train/reward rises and train/reward_std stays away from 0. Samples are scored by the reward, if there is no other judge.
+By default there is one update, so that all ratios are 1 and nothing is clipped. rloo takes log(pi_old / pi_ref) of an
+answer, times beta, from its reward, and has no k3; its paper has neither ratio nor clip. dapo has epsilon_high 0.28; of
+DAPO this is the loss alone (its paper divides by a group's tokens), --mask-truncated-completions its filter of overlong
+answers. std is over G - 1, as in TRL, which by default multiplies k3 by the ratio: so its gradient becomes that of
+KL(pi || pi_ref), and here it is, at ratio 1, that of KL(pi_ref || pi). With beta 0 there is no reference. This script
+has 64 answers a step (GRPO's authors: 1,024, with G 64), temperature 1, AdamW, gradient norm 1, 10 % warm-up and linear
+decay. In a healthy run train/reward rises and train/reward_std stays away from 0; train/loss says little.
 
     python grpo.py                               # the built-in test bed, a few minutes on two CPU cores
     python grpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name PROMPTS.jsonl \
@@ -72,18 +74,17 @@ class Args:
     # --- GRPO ---
     reward_name_or_path: str | None = None  # reward model, or .py file with reward(prompts, completions, **columns)
     loss_type: Literal["grpo", "dr_grpo", "rloo", "dapo"] = "grpo"  # see above
-    num_generations: int = 8  # answers to each prompt, G
-    prompts_per_step: int = 16  # over all devices; --num-train-epochs is the passes over them
+    num_generations: int = 8  # answers to each prompt, G; --batch-size is the answers of a step, so a multiple of it
     num_iterations: int = 1  # updates on the answers of each step
-    epsilon: float = 0.2  # of the clipped ratio
-    epsilon_high: float | None = None  # above 1; None = epsilon, for dapo 0.28
+    epsilon: float = 0.2  # the ratio is clipped at 1 - epsilon
+    epsilon_high: float | None = None  # and at 1 + this; None = epsilon, 0.28 for dapo
     beta: float | None = None  # price of the KL divergence; None = 0.04, 0, 0.03 or 0, the papers' for the loss
     mask_truncated_completions: bool = False  # answers cut off at --max-new-tokens have no gradient
     learning_rate: float | None = None  # None = 1e-6 (1e-5 with LoRA), 3e-4 on the test bed
     DEFAULTS = {  # in place of None: for a real model, with LoRA, on the test bed
         "learning_rate": (1e-6, 1e-5, 3e-4),
         "reward_name_or_path": (None, None, str(TOY / "reward.py")),
-        "max_steps": (None, None, 40),
+        "max_steps": (None, None, 80),
     }
     # endregion
     # --- model ---
@@ -149,7 +150,7 @@ def compute_loss(
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     k3 = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
     losses = -torch.minimum(ratio * advantages, clipped_ratio * advantages) + beta * k3  # Eq. 3 of arXiv:2402.03300
-    clipped = torch.where(advantages > 0, ratio > 1 + epsilon_high, ratio < 1 - epsilon)
+    clipped = clipped_ratio * advantages < ratio * advantages
     return losses, {"kl": k3, "clip_fraction": clipped.float(), "ratio": ratio}
 
 
@@ -651,7 +652,7 @@ def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[t
 
 
 def score_answers(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> list[float]:
-    """The rewards of the answers in rows (prompt, answer) to the prompts of as many pairs."""
+    """The rewards of the answers in rows (prompt, answer); pairs[i] has the prompt of rows[i]."""
     share = range(RANK, len(rows), WORLD_SIZE)
     texts = run.tokenizer.batch_decode([rows[i][1] for i in share], skip_special_tokens=True)
     rewards = judge(run, run.args.reward_name_or_path, [pairs[i] for i in share], texts, reward_model)
@@ -675,11 +676,12 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
     rows = respond(run, policy, [pair.prompt_ids for pair in pairs], seed)
     old_logps = find_logps(run, policy, rows)
     ref_logps = old_logps if reference is None else find_logps(run, reference, rows)
-    rewards = torch.tensor(score_answers(run, reward_model, pairs, rows))
-    kls = torch.stack([(old - ref).sum() for old, ref in zip(old_logps, ref_logps, strict=True)])
-    groups = (rewards - args.beta * kls if args.loss_type == "rloo" else rewards).view(-1, size)
+    rewards = torch.tensor(score_answers(run, reward_model, pairs, rows), dtype=torch.float64)  # equal ones stay equal
+    scores = rewards.clone()
+    if args.loss_type == "rloo":
+        scores -= args.beta * torch.stack([(old - ref).sum() for old, ref in zip(old_logps, ref_logps, strict=True)])
     ended = torch.tensor([float(answer[-1] in run.stop_ids) for _, answer in rows])
-    advantages = group_advantages(groups, args.loss_type).flatten()
+    advantages = group_advantages(scores.view(-1, size), args.loss_type).flatten()
     rollouts = []
     for i, (prompt, answer) in enumerate(rows):
         weight = ended[i].item() if args.mask_truncated_completions else 1.0
@@ -687,7 +689,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
     metrics = {
         "train/reward": rewards.mean().item(),
         "train/reward_std": rewards.view(-1, size).std(1).mean().item(),
-        "train/equal_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+        "train/equal_groups": (rewards.view(-1, size).std(1) == 0).float().mean().item(),
         "train/entropy": -torch.cat(old_logps).mean().item(),  # per token, estimated by the samples
         "train/response_length": statistics.fmean([len(answer) for _, answer in rows]),
         "train/eos_rate": ended.mean().item(),
@@ -702,7 +704,7 @@ def loss_of_answers(run: Run, policy: Any, rollouts: list[Rollout], mean_length:
     old_logps = torch.cat([rollout.old_logps for rollout in rollouts]).to(DEVICE)
     ref_logps = torch.cat([rollout.ref_logps for rollout in rollouts]).to(DEVICE)
     advantages = torch.cat([torch.full_like(rollout.old_logps, rollout.advantage) for rollout in rollouts]).to(DEVICE)
-    beta = 0.0 if args.loss_type == "rloo" else args.beta  # whose KL is in the reward
+    beta = 0.0 if args.loss_type == "rloo" else args.beta  # rloo has its KL in the reward
     losses, metrics = compute_loss(logps, old_logps, ref_logps, advantages, args.epsilon, args.epsilon_high, beta)
     weights = torch.tensor([rollout.weight for rollout in rollouts], device=DEVICE)
 
@@ -728,18 +730,24 @@ def main(args: Args) -> None:
     args = run.args
     if args.reward_name_or_path is None:
         sys.exit("error: --reward-name-or-path is needed: a reward model, or a .py file with reward()")
+    if args.num_generations < 2 or args.batch_size % args.num_generations or args.num_iterations < 1:
+        sys.exit(
+            "error: --batch-size must be a multiple of --num-generations, which is 2 or more; --num-iterations > 0"
+        )
     beta = {"grpo": 0.04, "dr_grpo": 0.0, "rloo": 0.03, "dapo": 0.0}[args.loss_type] if args.beta is None else args.beta
     high = (0.28 if args.loss_type == "dapo" else args.epsilon) if args.epsilon_high is None else args.epsilon_high
     scorer = args.judge_name_or_path or args.reward_name_or_path
     args = replace(args, beta=beta, epsilon_high=high, judge_name_or_path=scorer)
     run = replace(run, args=args)
     train_pairs, test_pairs = load_pairs(run)
-    batches = plan_batches(replace(args, batch_size=args.prompts_per_step), len(train_pairs))
+    batches = plan_batches(replace(args, batch_size=args.batch_size // args.num_generations), len(train_pairs))
     policy = load_model(run, args.model_name_or_path, trainable=True)
     reference = load_model(run, args.model_name_or_path) if beta > 0 else None
-    is_file = args.reward_name_or_path.endswith(".py")
-    reward_model = None if is_file else load_model(run, args.reward_name_or_path, AutoModelForSequenceClassification)
-    open_folder(run, train_pairs + test_pairs)
+    if args.reward_name_or_path.endswith(".py"):
+        reward_model, reward_text = None, [Path(args.reward_name_or_path).read_text()]
+    else:
+        reward_model, reward_text = load_model(run, args.reward_name_or_path, AutoModelForSequenceClassification), []
+    open_folder(run, train_pairs + test_pairs + reward_text)
     tqdm.write(f"{args.loss_type}: beta {beta}, clipped below 1 - {args.epsilon} and above 1 + {high}")
 
     models, last_step = {"policy": policy}, len(batches)

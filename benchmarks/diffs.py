@@ -89,8 +89,9 @@ three methods: DPO, IPO and SLiC.""",
 There are no pairs: a row is a prompt, and what the reward function wants to know of it. In every step the policy
 answers each prompt several times (`respond`), the answers are scored (`score_answers`), and an answer's advantage is
 what its reward is above or below those of its group (`group_advantages`): the group takes the place of PPO's value
-model. Then the answers are passed over as in PPO, with the clipped ratio of `compute_loss`. `loss_of_answers` has what
-tells grpo, dr_grpo, rloo and dapo apart: what a sum over tokens is divided by.""",
+model. Then the answers are passed over as in PPO, with the clipped ratio of `compute_loss`. grpo,
+dr_grpo, rloo and dapo differ in the advantage, in what `loss_of_answers` divides a sum over tokens by, in where the KL
+divergence goes, and in defaults.""",
     ),
     "rlhf_ppo": (
         "Supervised fine-tuning, reward model, PPO",

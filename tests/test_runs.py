@@ -30,7 +30,7 @@ FLAGS = ["--num-train-epochs", "2", "--eval-steps", "3", "--num-eval-prompts", "
 FLAGS += ["--batch-size", "8"]
 OWN_FLAGS = {"spin": ["--num-iterations", "2", "--prompts-per-iteration", "12"]}
 OWN_FLAGS["rlhf_ppo"] = ["--rollouts-per-step", "8", "--ppo-epochs", "2"]
-OWN_FLAGS["grpo"] = ["--prompts-per-step", "8", "--num-generations", "3", "--num-iterations", "2"]
+OWN_FLAGS["grpo"] = ["--batch-size", "24", "--num-generations", "3", "--num-iterations", "2"]
 # The steps of the stages. Stages of 20 pairs and 2 epochs have 6; SFT and reward model have an epoch.
 STAGES = dict.fromkeys(["dpo", "ipo", "simpo", "oaif", "grpo"], [6]) | {"kto": [10], "pre_dpo": [6, 6], "spin": [4, 6]}
 STAGES["rlhf_ppo"] = [3, 3, 6]

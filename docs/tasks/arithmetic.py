@@ -5,6 +5,8 @@
 
 import re
 
+NUMBER = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+
 
 def reward(prompts, completions, answer, **columns):
     rewards = []
@@ -15,4 +17,4 @@ def reward(prompts, completions, answer, **columns):
 
 
 def numbers_in(text):
-    return [float(number.replace(",", "")) for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+    return [float(number.replace(",", "")) for number in re.findall(NUMBER, text)]

@@ -15,8 +15,25 @@ import tyro
 THINGS = (
     "a river, a city at night, winter, a good friend, the moon, a train journey, bread, a library, the sea, a garden"
 )
-THINGS += ", a dog, a market, rain, a bicycle, a mountain, music, a bridge, coffee, an island, a school"
-WORDS = ["bright", "quiet", "yellow", "seven", "window", "always", "stone", "north"]
+THINGS += ", a dog, a market, rain, a bicycle, a mountain, music, a bridge, coffee, an island, a school, a kitchen, tea"
+THINGS += (
+    ", a hospital, the desert, a cat, a forest, snow, a birthday, a ship, a piano, a castle, honey, a village, sleep"
+)
+THINGS += ", a theatre, a horse, the wind, a museum, a farm, an airport"
+WORDS = [
+    "bright",
+    "quiet",
+    "yellow",
+    "seven",
+    "window",
+    "always",
+    "stone",
+    "north",
+    "silver",
+    "paper",
+    "morning",
+    "open",
+]
 ENDINGS = ["That is all.", "The end.", "Thank you.", "I hope this helps."]
 
 
@@ -24,12 +41,12 @@ ENDINGS = ["That is all.", "The end.", "Thank you.", "I hope this helps."]
 class Args:
     task: Annotated[Literal["format", "arithmetic"], tyro.conf.Positional]
     folder: Annotated[Path, tyro.conf.Positional]
-    num_prompts: int = 2000  # to train on; 256 more are to test on, with other things or numbers
+    num_prompts: int = 2000  # to train on; 200 more are to test on, all different and about other things or numbers
     seed: int = 1
 
 
 def format_row(rng: random.Random, split: str) -> dict:
-    thing = rng.choice(THINGS.split(", ")[:15] if split == "train" else THINGS.split(", ")[15:])
+    thing = rng.choice(THINGS.split(", ")[::2] if split == "train" else THINGS.split(", ")[1::2])
     kind = rng.choice(["sentences", "lower case", "ending", "word"])
     value = {"sentences": str(rng.randint(1, 4)), "ending": rng.choice(ENDINGS), "word": rng.choice(WORDS)}.get(
         kind, ""
@@ -53,12 +70,14 @@ def arithmetic_row(rng: random.Random, split: str) -> dict:
 def main(args: Args) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     rng, make_row = random.Random(args.seed), {"format": format_row, "arithmetic": arithmetic_row}[args.task]
-    for split, count in (("train", args.num_prompts), ("test", 256)):
+    for split, count in (("train", args.num_prompts), ("test", 200)):
+        rows = {}
+        while len(rows) < count:
+            row = make_row(rng, split)
+            key = row["prompt"] if split == "test" else len(rows)
+            rows[key] = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
         with (args.folder / f"{split}.jsonl").open("w") as file:
-            for _ in range(count):
-                row = make_row(rng, split)
-                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-                file.write(json.dumps(row) + "\n")
+            file.writelines([json.dumps(row) + "\n" for row in rows.values()])
 
 
 if __name__ == "__main__":
