@@ -214,6 +214,14 @@ def test_numbers_that_make_no_groups_end_the_run(flags, data, tmp_path):
         run_with("[]", data, tmp_path, **flags)
 
 
+def test_each_step_has_its_own_luck(tiny_model, tmp_path):
+    """Of answers to prompts that are all the same, by a policy that stays the same."""
+    data = write_rows(tmp_path / "same.jsonl", [{"prompt": "Review it."}] * 24)
+    run_with("[0.5 for _ in prompts]", data, tmp_path, model=tiny_model(), max_steps=2, learning_rate=0.0)
+    _, first, second = read_rows(tmp_path / "run/metrics.jsonl")
+    assert first["train/kl"] == second["train/kl"] == 0 and first["train/entropy"] != second["train/entropy"]
+
+
 def test_a_reward_is_needed(tiny_model):
     with pytest.raises(SystemExit, match="error: --reward-name-or-path is needed"):
         grpo.main(grpo.Args(model_name_or_path=tiny_model()))
