@@ -135,19 +135,12 @@ def make_batch(count=5, seed=0, script="dpo", **changes):
     """A Batch of random numbers in float64; `changes` are named by their side, as in chosen_logps."""
     import torch
 
-    Batch, generator = load_script(script).Batch, torch.Generator().manual_seed(seed)
-    values = {"preference_prob": torch.ones(count, dtype=torch.float64)}
-    for field in ("logps", "ref_logps", "lengths"):
-        for side in ("chosen", "rejected"):
-            name = f"ref_{side}_logps" if field == "ref_logps" else f"{side}_{field}"
-            values[name] = torch.randn(count, generator=generator, dtype=torch.float64) * 3 - 20
-    values |= changes
-    return Batch(
-        logps=torch.stack([values["chosen_logps"], values["rejected_logps"]]),
-        ref_logps=torch.stack([values["ref_chosen_logps"], values["ref_rejected_logps"]]),
-        lengths=torch.stack([values["chosen_lengths"], values["rejected_lengths"]]),
-        preference_prob=values["preference_prob"],
-    )
+    generator, fields = torch.Generator().manual_seed(seed), {}
+    for field in ("{}_logps", "ref_{}_logps", "{}_lengths"):
+        drawn = torch.randn(2, count, generator=generator, dtype=torch.float64) * 3 - 20
+        sides = [changes.pop(field.format(side), drawn[i]) for i, side in enumerate(("chosen", "rejected"))]
+        fields[field.replace("{}_", "")] = torch.stack(sides)
+    return load_script(script).Batch(**{"preference_prob": torch.ones(count, dtype=torch.float64)} | fields | changes)
 
 
 def minimise(loss, size):

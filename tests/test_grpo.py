@@ -29,11 +29,6 @@ def test_advantages_of_rloo_are_the_gap_to_the_others():
     torch.testing.assert_close(grpo.group_advantages(rewards, "dr_grpo"), expected * 3 / 4)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_equal_rewards_have_no_advantage(loss_type):
-    assert not grpo.group_advantages(torch.full((2, 4), 0.25), loss_type).any()
-
-
 def test_loss_is_clipped_on_the_harmful_side():
     ratios, advantages = torch.tensor([[0.5, 1.1, 1.5]] * 2), torch.tensor([[2.0], [-2.0]]).expand(2, 3)
     losses, metrics = grpo.compute_loss(ratios.log(), 0 * ratios, ratios.log(), advantages, 0.2, 0.3, beta=0.7)
@@ -66,8 +61,7 @@ def optimum(reward, reference, beta, reward_beta):
 
 
 def test_optima():
-    """With the KL in the reward pi_ref exp(r / beta), normalised. In the loss, k3's gradient is on the policy's own
-    samples that of KL(pi_ref || pi), and beta pi_ref / pi + r is the same for all tokens."""
+    """KL in the reward: pi_ref exp(r / beta), normalised. k3: as with KL(pi_ref || pi), beta pi_ref / pi + r is level."""
     generator = torch.Generator().manual_seed(0)
     reward, reference = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     reference = reference.log_softmax(-1)
@@ -184,11 +178,6 @@ def test_rewards_that_are_no_finite_numbers_end_the_run_with_the_row(value, data
         run_with(f"[1.0] * (len(prompts) - 1) + [{value}]", data, tmp_path)
 
 
-def test_too_few_rewards_end_the_run(data, tmp_path):
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        run_with("[1.0]", data, tmp_path)
-
-
 @pytest.mark.parametrize(
     "loss_type, beta, high", [("grpo", 0.04, 0.2), ("dr_grpo", 0, 0.2), ("rloo", 0.03, 0.2), ("dapo", 0, 0.28)]
 )
@@ -215,16 +204,10 @@ def test_numbers_that_make_no_groups_end_the_run(flags, data, tmp_path):
 
 
 def test_each_step_has_its_own_luck(tiny_model, tmp_path):
-    """Of answers to prompts that are all the same, by a policy that stays the same."""
     data = write_rows(tmp_path / "same.jsonl", [{"prompt": "Review it."}] * 24)
     run_with("[0.5 for _ in prompts]", data, tmp_path, model=tiny_model(), max_steps=2, learning_rate=0.0)
     _, first, second = read_rows(tmp_path / "run/metrics.jsonl")
     assert first["train/kl"] == second["train/kl"] == 0 and first["train/entropy"] != second["train/entropy"]
-
-
-def test_a_reward_is_needed(tiny_model):
-    with pytest.raises(SystemExit, match="error: --reward-name-or-path is needed"):
-        grpo.main(grpo.Args(model_name_or_path=tiny_model()))
 
 
 def test_a_reward_model_as_the_reward(data, tmp_path):
@@ -248,29 +231,16 @@ def test_rows():
         grpo.encode_rows(run, [{"text": "a"}], "train")
 
 
-def test_rewards_of_the_tasks():
-    def reward_of(task, text, **columns):
-        reward = runpy.run_path(str(ROOT / f"docs/tasks/{task}.py"))["reward"]
-        return reward([chat("?")], [chat("?", text)[1:]], **{name: [value] for name, value in columns.items()}) == [1]
+TASKS = [("format", {"constraint": "sentences", "value": "2"}, "One is 3.5 m. Two!", "Just one.")]
+TASKS += [("format", {"constraint": "lower case", "value": ""}, "all small.", "Not small.")]
+TASKS += [("format", {"constraint": "ending", "value": "The end."}, "Well. The end. ", "The end. Or not.")]
+TASKS += [("format", {"constraint": "word", "value": "sea"}, "The Sea.", "A season.")]
+TASKS += [("arithmetic", {"answer": "1234"}, "It is 1,234.", "1,235"), ("arithmetic", {"answer": "7"}, "7.0", "7 or 8")]
+TASKS += [("arithmetic", {"answer": "so 3 #### -5"}, "-5", "5"), ("arithmetic", {"answer": "7"}, "5-7", "seven 7,8")]
 
-    kept = [
-        ("sentences", "2", "One is 3.5 m. Two!"),
-        ("lower case", "", "all small."),
-        ("ending", "The end.", "Well. The end. "),
-    ]
-    broken = [
-        ("sentences", "2", "Just one."),
-        ("lower case", "", "Not small."),
-        ("ending", "The end.", "The end. Or not."),
-    ]
-    assert all(
-        reward_of("format", text, constraint=kind, value=value)
-        for kind, value, text in [*kept, ("word", "sea", "The Sea.")]
-    )
-    assert not any(
-        reward_of("format", text, constraint=kind, value=value)
-        for kind, value, text in [*broken, ("word", "sea", "season")]
-    )
-    right = [("1234", "It is 1,234."), ("7", "3 + 4 = 7.0"), ("so 3 #### -5", "-5")]
-    assert all(reward_of("arithmetic", text, answer=answer) for answer, text in right)
-    assert not any(reward_of("arithmetic", text, answer="7") for text in ("seven", "7 or 8", "17", "7,8"))
+
+@pytest.mark.parametrize("task, columns, right, wrong", TASKS)
+def test_rewards_of_the_tasks(task, columns, right, wrong):
+    reward = runpy.run_path(str(ROOT / f"docs/tasks/{task}.py"))["reward"]
+    completions = [chat("?", right)[1:], chat("?", wrong)[1:]]
+    assert reward([chat("?")] * 2, completions, **{name: [value] * 2 for name, value in columns.items()}) == [1, 0]

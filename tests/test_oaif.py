@@ -1,6 +1,5 @@
 """OAIF: its losses in closed form, what the annotator is asked, and what becomes of its preferences."""
 
-import contextlib
 import copy
 import json
 import math
@@ -11,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import TOY, leave_group, load_script, make_batch, read_rows, start, write_rows
+from conftest import TOY, load_script, make_batch, read_rows, start
 
 oaif = load_script("oaif")
 GOOD = "The rooms were great. The staff was friendly. I would stay there again."
@@ -125,14 +124,6 @@ def test_principles_are_averaged(monkeypatch, tmp_path):
     torch.testing.assert_close(orders, torch.tensor([[mean] * 3, [1 - mean] * 3]))
     conversation = "user: Review the hotel Blue Crown.\n\nassistant: It was great.\n\nuser: Why?"
     assert requests == ["Film?", "Review the hotel Blue Crown.", conversation] * 4
-
-
-@pytest.mark.parametrize("instruction", ["Prefer the more positive review.", "Prefer the shorter review."])
-def test_the_annotator_of_the_test_bed_does_as_it_is_told(instruction):
-    run = start("oaif", TOY / "policy", annotator_instruction=instruction)
-    orders = oaif.annotate(run, oaif.load_annotator(run), [asked(HOTEL)] * 2, [GOOD, BAD], [BAD, GOOD])
-    expected = [1.0, 0.0] if "positive" in instruction else [0.0, 1.0]
-    assert orders.tolist() == [pytest.approx(expected, abs=0.1)] * 2
 
 
 @torch.no_grad()
@@ -258,43 +249,6 @@ def test_a_run(data, tmp_path, monkeypatch):
                 ratios.append(naive_logp(model, pair.prompt_ids, answer) - naive_logp(initial, pair.prompt_ids, answer))
             losses.append(math.log1p(math.exp(-0.1 * (ratios[0] - ratios[1]))))
         assert row["train/loss"] == pytest.approx(sum(losses) / 10, rel=1e-4)
-
-
-def test_annotated_pairs_of_a_run_that_is_killed(data, tmp_path, monkeypatch):
-    """They are of the prompts of their step, and say by how much a Python file prefers which; none is there twice."""
-    (tmp_path / "reward.py").write_text(REWARD)
-    rows = [row | {"word": "aeiou"[i % 5]} for i, row in enumerate(read_rows(data / "train.jsonl"))]
-    write_rows(tmp_path / "data/train.jsonl", rows)
-    flags = FLAGS | {"dataset_name": str(tmp_path / "data"), "num_eval_prompts": 2, "save_steps": 2}
-    flags |= {"annotator_name_or_path": str(tmp_path / "reward.py"), "max_new_tokens": 32, "learning_rate": 3e-4}
-    oaif.main(oaif.Args(**flags, output_dir=str(tmp_path / "whole")))
-    annotated, words = read_rows(tmp_path / "whole/annotated.jsonl"), {str(row["prompt"]): row["word"] for row in rows}
-    for row in annotated:
-        word = words[str(row["prompt"])]
-        gap = row["chosen"][0]["content"].count(word) - row["rejected"][0]["content"].count(word)
-        assert gap >= 0 and row["annotator_prob"] == pytest.approx(sigmoid(gap))
-    batches = oaif.plan_batches(oaif.Args(**flags), 18)  # the last two rows are to test on
-    assert {row["step"] for row in annotated} == set(range(1, len(batches) + 1))
-    for step, batch in enumerate(batches, 1):
-        asked_for = [rows[i]["prompt"] for i in batch]
-        assert all(row["prompt"] in asked_for for row in annotated if row["step"] == step)
-
-    calls, update = [], oaif.update
-
-    def update_or_die(*given):
-        calls.append(given)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return update(*given)
-
-    monkeypatch.setattr(oaif, "update", update_or_die)
-    for resume in (False, True):
-        leave_group()
-        with contextlib.suppress(KeyboardInterrupt):
-            oaif.main(oaif.Args(**flags, output_dir=str(tmp_path / "killed"), resume=resume))
-    assert len(calls) == 6  # steps 3 and 4 come again
-    for file in ("annotated.jsonl", "metrics.jsonl"):
-        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 def test_defaults(tiny_model):

@@ -1,6 +1,5 @@
 """Pre-DPO: its losses and its optimum in closed form, and which models its two stages start from and refer to."""
 
-import contextlib
 import json
 import math
 import shutil
@@ -9,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import TOY, leave_group, load_script, make_batch, minimise, read_rows, start, weights_of
+from conftest import TOY, load_script, make_batch, minimise, read_rows, start, weights_of
 from safetensors.torch import save_file
 
 dpo, simpo, pre_dpo = load_script("dpo"), load_script("simpo"), load_script("pre_dpo")
@@ -123,28 +122,6 @@ def test_stages(kind, data, existing, tmp_path, monkeypatch):
         assert rows[2]["eval/rewards/margins"] == pytest.approx(margin, rel=1e-3)
     h = naive_margins(load(folder / "model"), test_pairs) - naive_margins(guide, test_pairs)
     assert metrics[-1]["eval/rewards/margins"] == pytest.approx(0.3 * h.mean().item(), rel=1e-3)
-
-
-def test_killed_as_the_guide_is_saved_and_in_stage_2(data, tmp_path, monkeypatch):
-    """Both times the run goes on as if nothing had happened, the second time with the guide that it has."""
-    flags = FLAGS | {"dataset_name": str(data), "guide": "simpo", "save_steps": 3}
-    pre_dpo.main(pre_dpo.Args(**flags, output_dir=str(tmp_path / "whole")))
-    flags["output_dir"] = str(tmp_path / "killed")
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    guides = []
-    for function in ("save_model", "update", None):
-        leave_group()
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            if function:
-                patch.setattr(pre_dpo, function, die)
-            pre_dpo.main(pre_dpo.Args(**flags, resume=function != "save_model"))
-        guides += [file.read_bytes() for file in tmp_path.glob("killed/guide/*.safetensors")]
-    assert len(guides) == 2 and guides[0] == guides[1]
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 def test_a_guide_of_another_vocabulary(existing, data):

@@ -222,20 +222,6 @@ def test_shift_brings_the_reference_s_own_answers_to_0(run, models, asked):
     assert sum(rewards) / 3 - shift == pytest.approx(0, abs=1e-5)
 
 
-@torch.no_grad()
-def test_a_constant_in_both_scorers_changes_nothing(run, models, asked):
-    """They start as copies, so they have the same one; it is taken from rewards, values, and values in updates."""
-    found = []
-    for constant in (0.0, 8.0):
-        for name in ("value_model", "reward_model"):
-            models[name].score.bias = torch.nn.Parameter(torch.tensor([constant]))
-        shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PAIRS)
-        rollouts, metrics = rlhf.roll_out(run, models, shift, PAIRS, seed=7)
-        losses, _ = rlhf.ppo_loss_of(run, models, shift, rollouts, metrics["train/response_length"])
-        found.append([torch.cat([torch.cat([r.advantages, r.returns - r.values]) for r in rollouts]), losses])
-    torch.testing.assert_close(*found, **CLOSE)
-
-
 @pytest.fixture
 def first_step(monkeypatch):
     """Stages end after their first step, without an update: its models, with gradients, and the losses of updates."""

@@ -1,6 +1,5 @@
 """SPIN: its loss and its iterations in closed form, the rows it reads, and what its pairs hold."""
 
-import contextlib
 import copy
 import json
 import math
@@ -8,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOY, leave_group, load_script, make_batch, minimise, read_rows, start
+from conftest import TOY, load_script, make_batch, minimise, read_rows, start
 
 spin = load_script("spin")
 QUESTION = {"role": "user", "content": "How was it?"}
@@ -76,13 +75,6 @@ def test_iterations_on_a_bandit(beta):
         expected = (policy + (truth - policy) / beta).softmax(-1)
         policy = minimise(expected_loss(truth, policy, beta), 4).log_softmax(-1)
         torch.testing.assert_close(policy.exp(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_distribution_of_the_data_is_the_fixed_point():
-    truth = torch.tensor([3.0, -1, 0, 2], dtype=torch.float64).log_softmax(-1)
-    theta = truth.clone().requires_grad_()
-    (loss := expected_loss(truth, truth, 0.3)(theta)).backward()
-    assert loss.item() == pytest.approx(math.log(2)) and theta.grad.abs().max() < 1e-12
 
 
 def test_forms_of_rows():
@@ -173,29 +165,6 @@ def test_a_run(data, tmp_path, monkeypatch):
             own = spin.generate(run, opponents[t], prompts, 1_000_003 + 2 * t + 1, 1.0)
         assert [pair["rejected_ids"] for pair in tests] == own and len(own) == 6
     assert set(cut_answers) == {24}
-
-
-def test_killed_in_the_second_iteration(data, tmp_path, monkeypatch):
-    """Resumed, the run goes on with the pairs that it began the iteration with, as if nothing had happened."""
-    flags = {"dataset_name": str(data), "batch_size": 8, "max_new_tokens": 8, "num_eval_prompts": 4, "save_steps": 2}
-    flags |= {"num_iterations": 2, "prompts_per_iteration": 8, "learning_rate": [3e-3]}
-    spin.main(spin.Args(**flags, output_dir=str(tmp_path / "whole")))
-    calls, update = [], spin.update
-
-    def update_or_die(*given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return update(*given)
-
-    monkeypatch.setattr(spin, "update", update_or_die)
-    for resume in (False, True):
-        leave_group()
-        with contextlib.suppress(KeyboardInterrupt):
-            spin.main(spin.Args(**flags, output_dir=str(tmp_path / "killed"), resume=resume))
-    assert len(calls) == 4  # step 3 comes again
-    for file in ("metrics.jsonl", "samples.jsonl", "iteration-1-train.json"):
-        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
 
 
 def test_defaults(tiny_model):
