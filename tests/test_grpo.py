@@ -61,7 +61,7 @@ def optimum(reward, reference, beta, reward_beta):
 
 
 def test_optima():
-    """KL in the reward: pi_ref exp(r / beta), normalised. k3: as with KL(pi_ref || pi), beta pi_ref / pi + r is level."""
+    """KL in the reward: pi_ref exp(r / beta), normalised. k3: as of KL(pi_ref || pi), beta pi_ref / pi + r is level."""
     generator = torch.Generator().manual_seed(0)
     reward, reference = torch.randn(2, 5, generator=generator, dtype=torch.float64)
     reference = reference.log_softmax(-1)
