@@ -451,11 +451,10 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
 
 def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: Any = None) -> list[float]:
     """Scores of responses to the prompts of pairs, by reward() of a Python file or a reward model, loaded or not."""
-    prompts, columns, scores = [pair.prompt for pair in pairs], {}, []
+    prompts, scores = [pair.prompt for pair in pairs], []
     answers = [[{"role": "assistant", "content": response}] for response in responses]
     if path.endswith(".py"):
-        for name in pairs[0].columns:
-            columns[name] = [pair.columns[name] for pair in pairs]
+        columns = {name: [pair.columns[name] for pair in pairs] for name in pairs[0].columns}
         completions = answers if isinstance(prompts[0], list) else responses
         scores = list(runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns))
     else:
@@ -466,9 +465,9 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             ids = tokenizer.apply_chat_template(messages + answer, return_tensors="pt").input_ids
             scores.append(model(input_ids=ids.to(DEVICE)).logits.item())
-    for pair, score in zip(pairs, scores, strict=True):
-        if score is None or not math.isfinite(score):
-            sys.exit(f"error: {path} gives {score} for a response to row {pair.row}")
+    bad = [pair.row for pair, score in zip(pairs, scores, strict=False) if score is None or not math.isfinite(score)]
+    if bad or len(scores) != len(pairs):
+        sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} responses, none or not finite: rows {bad}")
     return [float(score) for score in scores]
 
 

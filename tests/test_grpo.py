@@ -5,7 +5,19 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT, TOY, chat, leave_group, load_script, read_rows, start, text_pairs, weights_of, write_rows
+from conftest import (
+    ROOT,
+    TOY,
+    chat,
+    leave_group,
+    load_script,
+    read_rows,
+    run_script,
+    start,
+    text_pairs,
+    weights_of,
+    write_rows,
+)
 
 grpo = load_script("grpo")
 LOSSES = ["grpo", "dr_grpo", "rloo", "dapo"]
@@ -156,6 +168,34 @@ def naive_logps(model, prompt, answer):
     return torch.stack([logps[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
 
 
+SCRIPT = f"""
+import sys
+sys.path.insert(0, "{ROOT}")
+import grpo
+ANSWERS = [[20 + i % 5] * (i % 4) + [0] for i in range(12)]  # of a step; a process has some of them
+grpo.generate = lambda *_, **__: ANSWERS[grpo.RANK :: grpo.WORLD_SIZE]
+grpo.main(grpo.tyro.cli(grpo.Args))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_same_answers(data, tmp_path):
+    """Rewards, advantages, losses and gradients do not depend on who has which answer of a group."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "reward.py").write_text(
+        "def reward(prompts, completions, **_): return [len(str(text)) % 7 for text in completions]"
+    )
+    flags = ["--dataset-name", data, "--reward-name-or-path", tmp_path / "reward.py", "--num-generations", "3"]
+    flags += ["--batch-size", "12", "--num-iterations", "2", "--max-steps", "3", "--num-eval-prompts", "0"]
+    for count in (1, 2):
+        ended = run_script(tmp_path / "script.py", "--output-dir", tmp_path / str(count), *flags, processes=count)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    one, two = (read_rows(tmp_path / name / "metrics.jsonl")[1:] for name in ("1", "2"))
+    assert all(row["train/reward_std"] > 0 and row["train/grad_norm"] > 0 for row in one) and len(one) == 3
+    for row, other in zip(one, two, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
 FLAGS = {"max_steps": 1, "num_generations": 2, "batch_size": 4, "max_new_tokens": 4, "num_eval_prompts": 2}
 
 
@@ -172,10 +212,12 @@ def test_equal_rewards_leave_the_weights_as_they_are(data, tiny_model, tmp_path)
     assert read_rows(tmp_path / "run/metrics.jsonl")[1]["train/equal_groups"] == 1
 
 
-@pytest.mark.parametrize("value", ["None", "float('nan')", "float('inf')"])
-def test_rewards_that_are_no_finite_numbers_end_the_run_with_the_row(value, data, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: .*reward.py gives (None|nan|inf) for a response to row \d+"):
-        run_with(f"[1.0] * (len(prompts) - 1) + [{value}]", data, tmp_path)
+@pytest.mark.parametrize("rewards, bad", [("[1.0, None, 1.0, float('inf')]", 2), ("[1.0, 1.0]", 0)])
+def test_rewards_that_are_no_finite_numbers_or_too_few_end_the_run_with_the_rows(rewards, bad, data, tmp_path):
+    count = rewards.count(",") + 1
+    rows = r"\d+, \d+" if bad else ""
+    with pytest.raises(SystemExit, match=rf"reward.py gives {count} scores to 4 responses, .* rows \[{rows}\]$"):
+        run_with(rewards, data, tmp_path, num_eval_prompts=4)
 
 
 @pytest.mark.parametrize(

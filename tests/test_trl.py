@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import load_script, read_rows, start, text_pairs, write_rows
+from conftest import chat, load_script, read_rows, start, text_pairs, write_rows
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -149,36 +149,39 @@ def test_reward_model_of_rlhf(tiny_model, tmp_path):
     assert_equal(ours[:3], theirs, OF_REWARD_MODEL)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def online_trainer(trainer_class, config, path, reward=lambda **_: [0.0], **options):
+    options |= {"per_device_train_batch_size": 4, "max_completion_length": 4, "use_cpu": True, "bf16": False}
+    args = config(num_generations=2, gradient_checkpointing=False, report_to="none", **options)
+    rows, tokenizer = [{"prompt": "a"}] * 4, transformers.AutoTokenizer.from_pretrained(path)
+    data = datasets.Dataset.from_list(rows)
+    trainer = trainer_class(load(path), reward, args=args, processing_class=tokenizer, train_dataset=data)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "rloo"])
 def test_grpo(tiny_model, tmp_path, loss_type):
     """Loss and gradient of the same answers, advantages, and log-probabilities of old policy and reference."""
     grpo, path, generator = load_script("grpo"), tiny_model(), torch.Generator().manual_seed(0)
     answers = [[20, 21, 0], [22, 23, 24, 25], [0], [26, 27, 0]]
     prompts, advantages = [[5, 6, 7], [5, 6, 7], [8], [8]], torch.randn(4, generator=generator)
-    own = {"loss_type": loss_type, "beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.3, "num_generations": 2}
-    run = start("grpo", path, max_new_tokens=4, **own)
+    own = {"beta": 0.3, "epsilon": 0.1, "epsilon_high": 0.3}
+    run = start("grpo", path, max_new_tokens=4, loss_type=loss_type, **own)
     policy = grpo.load_model(run, path, trainable=True)
     logps = grpo.token_logps(policy, list(zip(prompts, answers, strict=True)))
-    old = [logp.detach() + 0.3 * torch.randn(len(logp), generator=generator) for logp in logps]
+    noise = 0.0 if loss_type == "rloo" else 0.3  # where ratios are not 1, TRL's are of whole answers in RLOO
+    old = [logp.detach() + noise * torch.randn(len(logp), generator=generator) for logp in logps]
     ref = [logp.detach() + 0.3 * torch.randn(len(logp), generator=generator) for logp in logps]
-    rollouts = [
-        grpo.Rollout(*values) for values in zip(prompts, answers, advantages.tolist(), [1.0] * 4, old, ref, strict=True)
-    ]
-    losses, _ = grpo.loss_of_answers(run, policy, rollouts, mean_length=11 / 4)
+    columns = zip(prompts, answers, advantages.tolist(), [1.0] * 4, old, ref, strict=True)
+    losses, _ = grpo.loss_of_answers(run, policy, [grpo.Rollout(*row) for row in columns], mean_length=11 / 4)
     losses.mean().backward()
 
-    settings = {"per_device_train_batch_size": 4, "max_completion_length": 4, "use_cpu": True, "bf16": False} | own
-    settings |= {"use_bias_correction_kl": False}  # TRL multiplies k3 by the ratio, which is not in Eq. 3
-    config = trl.GRPOConfig(output_dir=str(tmp_path), gradient_checkpointing=False, report_to="none", **settings)
-    data, tokenizer = (
-        datasets.Dataset.from_list([{"prompt": "a"}] * 4),
-        transformers.AutoTokenizer.from_pretrained(path),
-    )
-    trainer = trl.GRPOTrainer(
-        load(path), lambda **_: [0.0], args=config, processing_class=tokenizer, train_dataset=data
-    )
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
+    if loss_type == "rloo":
+        trainer = online_trainer(trl.RLOOTrainer, trl.RLOOConfig, path, output_dir=str(tmp_path), **own)
+    else:  # by default TRL multiplies k3 by the ratio, which is not in Eq. 3
+        own |= {"loss_type": loss_type, "use_bias_correction_kl": False, "output_dir": str(tmp_path)}
+        trainer = online_trainer(trl.GRPOTrainer, trl.GRPOConfig, path, **own)
 
     def pad(rows, left=False):
         rows = [torch.as_tensor(row) for row in rows]
@@ -188,8 +191,34 @@ def test_grpo(tiny_model, tmp_path, loss_type):
     inputs = {"prompt_ids": pad(prompts, left=True), "prompt_mask": pad([[1] * len(p) for p in prompts], left=True)}
     inputs |= {"completion_ids": pad(answers), "completion_mask": pad(ones), "advantages": advantages}
     inputs |= {"old_per_token_logps": pad(old), "ref_per_token_logps": pad(ref), "num_items_in_batch": torch.tensor(11)}
+    inputs["old_logps"] = torch.stack([logp.sum() for logp in old])
     theirs = trainer._compute_loss(trainer.model, inputs)
     theirs.backward()
-    assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
+    if loss_type != "rloo":  # whose value is by token here and by answer there
+        assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
     for weight, expected in zip(policy.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+REWARD = """
+def reward(completions, answer, **kwargs):
+    contents = [completion[0]["content"] for completion in completions]
+    lengths = [float(len(prompt)) for prompt in kwargs["prompts"]]
+    return [1.0 if right in content else length for content, right, length in zip(contents, answer, lengths)]
+"""
+
+
+def test_a_reward_written_for_trl(tiny_model, tmp_path):
+    """It gets the same prompts, completions and columns from both."""
+    grpo, file, path = load_script("grpo"), tmp_path / "reward.py", tiny_model()
+    file.write_text(REWARD)
+    namespace = {}
+    exec(REWARD, namespace)
+    trainer = online_trainer(trl.GRPOTrainer, trl.GRPOConfig, path, namespace["reward"], output_dir=str(tmp_path))
+    rows = [{"prompt": chat("one"), "answer": "1"}, {"prompt": chat("two", "2?", "yes"), "answer": "3"}]
+    texts = ["It is 1.", "It is 2."]
+    completions = [chat("", text)[1:] for text in texts]
+    theirs = trainer._calculate_rewards(rows, [row["prompt"] for row in rows], completions, [[20], [21]])
+    run = start("grpo", path)
+    ours = grpo.judge(run, str(file), grpo.encode_rows(run, rows, "train"), texts)
+    assert ours == theirs[:, 0].tolist() == [1.0, 3.0]
