@@ -517,7 +517,8 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
         means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / len(rows) ** 0.5
     run.append("samples.jsonl", rows)
-    wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
+    table = [list((row | {"prompt": render(run.tokenizer, row["prompt"])[0]}).values()) for row in rows]
+    wandb.log({"eval/samples": wandb.Table(list(rows[0]), table)}, step=step)
     for name in list(rows[0])[3:]:  # behind step, prompt and response
         means[f"eval/{name}"] = statistics.fmean([row[name] for row in rows])
     tqdm.write(f"response to the first test prompt: {texts[0]}")
@@ -589,7 +590,7 @@ def start_run(args: Args) -> Run:
 
 def open_folder(run: Run, pairs: list[Pair]) -> None:
     """Take the run's folder and write down what repeats the run; to resume one, see that it is the same."""
-    file, args = run.folder / "args.json", asdict(run.args) | {"resume": False}
+    run_id, file, args = run.folder.name, run.folder / "args.json", asdict(run.args) | {"resume": False}
     record = {"args": args, "data": hashlib.sha256(repr(pairs).encode()).hexdigest(), "torch": torch.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
@@ -599,7 +600,7 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
         changed = [name for name, value in args.items() if stored["args"][name] != value] or ["data or torch"]
         sys.exit(f"error: {', '.join(changed)} changed since the run in {run.folder} began")
     mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
-    wandb.init(id=run.folder.name, resume="allow" if stored else "never", config=record, mode=mode)
+    wandb.init(id=run_id, name=run_id, resume="allow" if stored else "never", config=record, mode=mode)
     tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ python benchmarks/diffs.py --check    # writes nothing, and ends with 1 if the p
 """
 
 import difflib
+import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -14,96 +15,168 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 
-INTRODUCTION = """\
-# The methods as diffs
+INTRODUCTION = r"""# The methods as diffs
 
-Each section shows what a method changes of DPO: the diff of its script against [dpo.py](dpo.py), without the docstrings
-at the top, with two lines of context and the line numbers of the files. `python benchmarks/diffs.py` writes this page
-from the scripts.
+Each section has the equations of DPO and of a method, and the diff of its script against [dpo.py](dpo.py), without the
+docstrings at the top, with two lines of context and the line numbers of the files. `python benchmarks/diffs.py` writes
+this page from the scripts.
+
+$`x`$ is a prompt, $`y_w`$ the chosen and $`y_l`$ the rejected answer, $`\pi`$ the policy, $`\pi_\text{ref}`$ the frozen
+reference, which is the initial policy unless something else is said, and $`\sigma`$ the logistic function. $`p`$ is 1,
+or another probability with `--label-smoothing` or soft labels. $`L`$ is the loss of a pair: a step lowers its mean.
 
 | script | method | lines | changed lines |
 | --- | --- | --- | --- |
 """
 
-METHODS = {
+ANY_TWO = """
+## Changed lines between any two scripts
+
+Counted as above: lines added and removed, without the docstrings at the top.
+
+"""
+
+DPO = r"""
+\text{DPO:} && h &= \log\frac{\pi(y_w \mid x)}{\pi_\text{ref}(y_w \mid x)}
+- \log\frac{\pi(y_l \mid x)}{\pi_\text{ref}(y_l \mid x)} \\
+&& L &= -p \log\sigma(\beta h) - (1 - p) \log\sigma(-\beta h) \\[3ex]
+"""
+
+METHODS = {  # of the equations' macros, GitHub refuses a few, such as operatorname
     "ipo": (
         "Identity Preference Optimisation",
-        """\
-Only the loss and its flags change, and the heart of it is one line. DPO's log-sigmoid rewards every widening of the
-margin `h`, if less and less. IPO's square has its minimum at a finite margin, 1/(2 beta), and pulls back what has gone
-beyond it. So beta does not scale a reward here: it sets where `h` comes to rest. `--length-normalize` takes the margin
-per token. The logged rewards are DPO's all the same, so that the curves of the two methods can be compared.""",
+        r"""
+\text{IPO:} && L &= p \Bigl(h - \frac{1}{2\beta}\Bigr)^2 + (1 - p) \Bigl(h + \frac{1}{2\beta}\Bigr)^2
+""",
+        r"""
+DPO's log-sigmoid rewards every widening of the margin $`h`$, if less and less. IPO's square has its minimum at a finite
+margin, $`1 / (2 \beta)`$, and pulls back what has gone beyond it, so $`\beta`$ sets where $`h`$ comes to rest.
+`--length-normalize` divides each log-ratio by its number of tokens. The logged rewards are DPO's, so that the curves of
+the two methods can be compared.
+""",
     ),
     "simpo": (
         "Simple Preference Optimisation",
-        """\
-There is no reference: `main` has two lines fewer, and nothing is computed for the pairs before training. Two ideas take
-its place. The reward of an answer is the mean log-probability of its tokens, so that length by itself earns nothing,
-and the chosen answer has to win by a margin gamma. In DPO beta keeps the policy near the model that it started from;
-here only a small learning rate and few steps do.""",
+        r"""
+\text{SimPO:} && r(y) &= \frac{\beta}{|y|} \log\pi(y \mid x) \\
+&& L &= -p \log\sigma\bigl(r(y_w) - r(y_l) - \gamma\bigr) - (1 - p) \log\sigma\bigl(r(y_l) - r(y_w) - \gamma\bigr)
+""",
+        r"""
+There is no reference, and nothing is computed for the pairs before training. The reward of an answer is the mean
+log-probability of its tokens, so that length by itself earns nothing, and the chosen answer has to win by a margin
+$`\gamma`$. What keeps the policy near the initial one is not $`\beta`$, but a small learning rate and few steps.
+""",
     ),
     "kto": (
         "Kahneman-Tversky Optimisation",
-        """\
-An answer needs no partner: it is marked as desirable or undesirable by itself. (A preference pair serves as two such
-answers, see `make_examples`.) As in DPO there is a log-ratio to the reference, but it is not compared with that of
-another answer. It is compared with `z0`, an estimate of how far the policy has moved from the reference on the whole,
-which is made from answers to other prompts and passes no gradient. So the fields of a pair mean other things in
-training: `chosen_ids` is the example's answer, `preference_prob` is 1 if that is desirable and 0 if not, and
-`rejected_ids` is the answer to another prompt (`add_others`). The step passes over its micro-batches twice: first for
-`z0`, without gradients, then for the losses. The loss flattens on both sides: an answer that is far on
-the right side already, or hopelessly far on the wrong one, has little pull. `find_weights` makes up for unequal numbers
-of good and bad answers.""",
+        r"""
+\text{KTO:} && r &= \log\frac{\pi(y \mid x)}{\pi_\text{ref}(y \mid x)} \\
+&& z_0 &= \max\Bigl(0,\ \text{mean of } \log\frac{\pi(y' \mid x)}{\pi_\text{ref}(y' \mid x)}
+\text{ over the step}\Bigr) \\
+&& L &= \begin{cases}
+w_D \bigl(1 - \sigma(\beta (r - z_0))\bigr) & \text{if } y \text{ is desirable} \\
+w_U \bigl(1 - \sigma(\beta (z_0 - r))\bigr) & \text{if not}
+\end{cases}
+""",
+        r"""
+An answer $`y`$ needs no partner: it is desirable or not, and a preference pair serves as two such answers
+(`make_examples`). Its log-ratio is compared with $`z_0`$, an estimate of how far the policy has moved from the
+reference, which is made from the answers $`y'`$ to other prompts (`add_others`) and passes no gradient. So a step goes
+over its micro-batches twice, first for $`z_0`$. The loss flattens on both sides: an answer that is far on the right
+side of $`z_0`$, or hopelessly far on the wrong one, has little pull. The weights $`w_D`$ and $`w_U`$ make up for
+unequal numbers of both kinds (`find_weights`).
+""",
     ),
     "pre_dpo": (
         "Pre-DPO",
-        """\
-The loss is DPO's, with one more metric. What changes is the reference: it is not the initial policy but a guide, which
-was trained on the same pairs before. `train_stage` is the training loop of dpo.py, called twice: for the guide, by the
-loss of DPO or of SimPO, and for the policy. The guide is kept in the run's folder, and all that stage 2 needs of it is
-how likely it finds the answers of the pairs, so it takes no memory there. Then the policy is loaded afresh: it starts
-from the initial model, not from the guide.""",
+        r"""
+\text{Pre-DPO:} && h &= \log\frac{\pi(y_w \mid x)}{\pi_\text{guide}(y_w \mid x)}
+- \log\frac{\pi(y_l \mid x)}{\pi_\text{guide}(y_l \mid x)} \\
+&& L &= -p \log\sigma(\beta h) - (1 - p) \log\sigma(-\beta h)
+""",
+        r"""
+Only the reference changes: it is a guide, which DPO or SimPO has trained on the same pairs before (`train_guide`). The
+policy starts from the initial model all the same. So $`h`$ is not 0 at first, and $`\sigma(-\beta h)`$, the weight of a
+pair's gradient, which is logged, is not the same for all. `train_stage` is the training loop of dpo.py, called for the
+guide and then for the policy. By then all that is needed of the guide is how likely it finds the answers of the pairs,
+so it takes no memory.
+""",
     ),
     "spin": (
         "Self-play fine-tuning",
-        """\
-The loss is DPO's without soft labels; the pairs are others. The chosen answer is the ground truth of supervised data,
-which is all that `split_row` reads, and the rejected one is the policy's own. `main` becomes a loop. In each iteration
-the policy as it stands is the opponent: it answers the prompts (`play`) and is the reference as well. Then it is
-trained to prefer the truth to these answers (`train_iteration`, which has the training loop), and the result is the
-next opponent. The pairs of an iteration are kept in a file, because the policy that wrote them is gone when a run is
-resumed.""",
+        r"""
+\text{SPIN:} && y' &\sim \pi_t(\cdot \mid x) \\
+&& h &= \log\frac{\pi(y \mid x)}{\pi_t(y \mid x)} - \log\frac{\pi(y' \mid x)}{\pi_t(y' \mid x)} \\
+&& L &= -\log\sigma(\beta h)
+""",
+        r"""
+The loss is DPO's without soft labels; the pairs are others. The chosen answer $`y`$ is the ground truth of supervised
+data, and the rejected one $`y'`$ is the policy's own. In iteration $`t`$ of `main` the policy as it stands is the
+opponent $`\pi_t`$: it answers the prompts (`play`), and is the reference. Then the policy is trained to prefer the
+truth (`train_iteration`, with the training loop of dpo.py), and is the next opponent. The pairs are kept in a file,
+because the policy that wrote them is gone when a run is resumed.
+""",
     ),
     "oaif": (
         "Online AI feedback",
-        """\
-The pairs are made during training. Before each update, `make_pairs` lets the policy answer every prompt of the batch
-twice, and an annotator says which answer is better; of the training data only the prompts are used. Most of the new
-lines are this annotator: the question, put in both orders of the two answers, and the reply, read from the
-probabilities of `1` and `2`. The reference is needed in every step, so it stays in memory. The loss is one line for
-three methods: DPO, IPO and SLiC.""",
+        r"""
+\text{OAIF:} && y_1, y_2 &\sim \pi(\cdot \mid x) \\
+&& P &= \tfrac{1}{2} \bigl(q(1 \mid x, y_1, y_2) + q(2 \mid x, y_2, y_1)\bigr) \\
+&& (y_w, y_l) &= \begin{cases} (y_1, y_2) & \text{if } P \ge \tfrac{1}{2} \\ (y_2, y_1) & \text{if not} \end{cases} \\
+&& L &= -\log\sigma(\beta h) \quad\text{or}\quad \Bigl(h - \frac{1}{2\beta}\Bigr)^2
+\quad\text{or}\quad \max(0, 1 - \beta h)
+""",
+        r"""
+The pairs are made during training: before each update the policy answers every prompt of the batch twice, and an
+annotator says which answer is better (`make_pairs`). Most of the new lines are this annotator: the question, put in
+both orders of the two answers, and $`q`$, the probability of its reply `1` or `2`. Of the training data only the
+prompts are used. The reference is needed in every step, so it stays in memory. The loss, with DPO's $`h`$, is that of
+DPO, IPO or SLiC.
+""",
     ),
     "grpo": (
         "Group-relative policy optimisation",
-        """\
-There are no pairs: a row is a prompt, and what the reward function wants to know of it. In every step the policy
-answers each prompt several times (`respond`), the answers are scored (`score_answers`), and an answer's advantage is
-what its reward is above or below those of its group (`group_advantages`): the group takes the place of PPO's value
-model. Then the answers are passed over as in PPO, with the clipped ratio of `compute_loss`. grpo,
-dr_grpo, rloo and dapo differ in the advantage, in what `loss_of_answers` divides a sum over tokens by, in where the KL
-divergence goes, and in defaults.""",
+        r"""
+\text{GRPO:} && A_i &= \frac{r_i - \text{mean}(r_1, \dots, r_G)}{\text{std}(r_1, \dots, r_G) + 10^{-4}} \\
+&& \rho_t &= \frac{\pi(y_t \mid x, y_{\lt t})}{\pi_\text{old}(y_t \mid x, y_{\lt t})}, \qquad
+u_t = \frac{\pi_\text{ref}(y_t \mid x, y_{\lt t})}{\pi(y_t \mid x, y_{\lt t})} \qquad \text{for the tokens } y_t
+\text{ of answer } i \\
+&& L_i &= \frac{1}{|y|} \sum_t \Bigl[ -\min\bigl(\rho_t A_i,\
+\text{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon_\text{high}) A_i\bigr) + \beta (u_t - \log u_t - 1) \Bigr]
+""",
+        r"""
+There are no pairs: a row is a prompt, and what the reward function wants to know of it. In every step the policy, as
+$`\pi_\text{old}`$, answers each prompt $`G`$ times (`respond`), and the answers get rewards $`r_i`$ (`score_answers`).
+The advantage $`A_i`$ says how an answer compares with the others of its group (`group_advantages`): that takes the
+place of PPO's value model. $`L_i`$ is the loss of an answer. In dr_grpo, rloo and dapo the advantage, the divisor
+$`|y|`$, the place of the KL divergence and the defaults are others: grpo.py begins with a table of them.
+""",
     ),
     "rlhf_ppo": (
         "Supervised fine-tuning, reward model, PPO",
-        """\
-This is the long way that DPO cuts short. DPO's insight is that the policy can be its own reward model, so that one loss
-on pairs will do. Here the reward model is a model of its own, trained on the pairs with the same Bradley-Terry
-likelihood (`compute_reward_loss`), and the policy learns to please it by reinforcement learning, with a price on its KL
-divergence from the reference. So there is a stage of supervised fine-tuning to start from, a scalar head
-(`token_scores`), answers sampled in every step (`roll_out`), a value model with its advantages (`estimate_advantages`)
-and PPO's clipped ratio (`compute_loss`). Begin with `train_ppo`: its loop shows sampling, then the passes over the
-samples. What is not in the diff is shared even so far from DPO: data, batches, forward passes, sampling and
-evaluation.""",
+        r"""
+\text{1. SFT:} && L_t &= -\log\pi(y_t \mid x, y_{\lt t}) \qquad \text{for the tokens } y_t \text{ of } y_w \\
+\text{2. reward model:} && L &= -p \log\sigma\bigl(r(x, y_w) - r(x, y_l)\bigr)
+- (1 - p) \log\sigma\bigl(r(x, y_l) - r(x, y_w)\bigr) \\
+\text{3. PPO:} && r_t &= -\kappa \log\frac{\pi_\text{old}(y_t \mid x, y_{\lt t})}{\pi_\text{ref}(y_t \mid x, y_{\lt t})}
++ \begin{cases} r(x, y) & \text{if } y_t \text{ is the last token} \\ 0 & \text{if not} \end{cases} \\
+&& \delta_t &= r_t + \gamma V^\text{old}_{t+1} - V^\text{old}_t, \qquad A_t = \delta_t + \gamma \lambda A_{t+1}, \qquad
+R_t = A_t + V^\text{old}_t \\
+&& L_t &= \max\bigl(-\rho_t \hat{A}_t,\ -\text{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) \hat{A}_t\bigr)
+\qquad \text{with } \rho_t = \frac{\pi(y_t \mid x, y_{\lt t})}{\pi_\text{old}(y_t \mid x, y_{\lt t})} \\
+&& &\quad + \frac{c}{2} \max\Bigl((V_t - R_t)^2,\
+\bigl(\text{clip}(V_t, V^\text{old}_t - \epsilon_V, V^\text{old}_t + \epsilon_V) - R_t\bigr)^2\Bigr)
+""",
+        r"""
+This is the long way that DPO cuts short: there the policy is its own reward model, so that one loss on pairs will do.
+Here the reward model is a model of its own, trained with the same Bradley-Terry likelihood (`compute_reward_loss`), and
+the policy learns to please it by reinforcement learning, at a price $`\kappa`$, `--kl-coef`, on its KL divergence from
+the SFT model $`\pi_\text{ref}`$. In each step the policy, as $`\pi_\text{old}`$, answers prompts (`roll_out`), a value
+model $`V`$ tells what each token was worth (`estimate_advantages`), and $`\hat{A}_t`$, which is $`A_t`$ whitened over
+the step, goes into the losses $`L_t`$ of the tokens (`compute_loss`, with $`c`$ from `--value-coef`). The reward
+model's $`r(x, y)`$ is shifted so that answers of the SFT model have mean 0, and `--missing-eos-score` takes its place
+where an answer was cut off. Begin with `train_ppo`.
+""",
     ),
 }
 
@@ -119,10 +192,10 @@ def read_script(name: str) -> tuple[list[str], int]:
     return lines, lines.index("# endregion") + 1
 
 
-def make_diff(name: str, context: int) -> list[str]:
-    """The diff of a script against dpo.py, by the line numbers of the files."""
-    (old, old_start), (new, new_start) = read_script("dpo"), read_script(name)
-    options = {"fromfile": "dpo.py", "tofile": f"{name}.py", "n": context, "lineterm": ""}
+def make_diff(old_name: str, new_name: str, context: int) -> list[str]:
+    """The diff of two scripts, by the line numbers of the files."""
+    (old, old_start), (new, new_start) = read_script(old_name), read_script(new_name)
+    options = {"fromfile": f"{old_name}.py", "tofile": f"{new_name}.py", "n": context, "lineterm": ""}
     lines = list(difflib.unified_diff(old[old_start:], new[new_start:], **options))
     for i, line in enumerate(lines):
         if mark := re.fullmatch(r"@@ -(\d+)(.*) \+(\d+)(.*) @@", line):
@@ -131,13 +204,18 @@ def make_diff(name: str, context: int) -> list[str]:
 
 
 def make_page() -> str:
-    table, sections = INTRODUCTION, ""
-    for name, (method, text) in METHODS.items():
-        if (ROOT / f"{name}.py").exists():
-            changed = sum(line.startswith(("+", "-")) for line in make_diff(name, context=0)[2:])
-            table += f"| [{name}.py](#{name}py) | {method} | {len(read_script(name)[0])} | {changed} |\n"
-            diff = "\n".join(make_diff(name, context=2))
-            sections += f"\n## {name}.py\n\n[{method}]({name}.py)\n\n{text}\n\n```diff\n{diff}\n```\n"
+    names, changed, table, sections = ["dpo", *METHODS], {}, INTRODUCTION, ""
+    for old, new in itertools.combinations(names, 2):
+        count = sum(line.startswith(("+", "-")) for line in make_diff(old, new, context=0)[2:])
+        changed[old, new] = changed[new, old] = count
+    for name, (method, equations, text) in METHODS.items():
+        table += f"| [{name}.py](#{name}py) | {method} | {len(read_script(name)[0])} | {changed['dpo', name]} |\n"
+        sections += f"\n## {name}.py\n\n[{method}]({name}.py)\n\n"
+        sections += f"```math\n\\begin{{aligned}}{DPO}{equations.lstrip()}\\end{{aligned}}\n```\n{text}\n"
+        sections += "```diff\n" + "\n".join(make_diff("dpo", name, context=2)) + "\n```\n"
+    table += ANY_TWO + "| | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 1) + "|\n"
+    for old in names:
+        table += f"| {old} | " + " | ".join([str(changed.get((old, new), "-")) for new in names]) + " |\n"
     return table + sections
 
 

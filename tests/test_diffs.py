@@ -1,6 +1,7 @@
 """DIFFS.md, the page of what each script changes of dpo.py."""
 
 import re
+import subprocess
 
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
@@ -15,8 +16,7 @@ def read_lines(name):
 
 
 def read_diff(name):
-    (section,) = re.findall(rf"^## {name}\.py\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    (diff,) = re.findall(r"^```diff\n(.*?)\n```$", section, re.M | re.S)
+    (diff,) = re.findall(rf"^## {name}\.py\n.*?^```diff\n(.*?)\n```$", PAGE, re.M | re.S)
     return diff.split("\n")
 
 
@@ -53,7 +53,13 @@ def test_diff_makes_the_script_out_of_dpo(name):
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
-def test_table_counts_lines_and_changes(name):
+def test_tables_count_lines_and_changes(name, tmp_path):
+    """Between any two scripts: no fewer than the fewest changes, which diff -d looks for, and not many more."""
     changed = sum(line[:1] in ("+", "-") for line in read_diff(name)[2:])
-    assert f"[{name}.py](#{name}py) | " in PAGE
-    assert re.search(rf"^\| \[{name}\.py\].* \| {len(read_lines(name))} \| {changed} \|$", PAGE, re.M)
+    assert re.search(rf"^\| \[{name}\.py\]\(#{name}py\) .* \| {len(read_lines(name))} \| {changed} \|$", PAGE, re.M)
+    (cells,) = re.findall(rf"^\| {name} \| ({changed} .*) \|$", PAGE, re.M)
+    for script in SCRIPTS:
+        (tmp_path / script).write_text("\n".join(read_lines(script)).partition("# endregion")[2])
+    for other, cell in zip(["dpo", *diffs.METHODS], cells.split(" | "), strict=True):
+        fewest = len(re.findall("^[<>]", subprocess.getoutput(f"cd {tmp_path}; diff -d {name} {other}"), re.M))
+        assert cell == "-" if other == name else fewest <= int(cell) <= 1.2 * fewest

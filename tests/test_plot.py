@@ -3,44 +3,55 @@
 import pytest
 from conftest import load_script, write_rows
 
-pytest.importorskip("matplotlib")
+pyplot = pytest.importorskip("matplotlib.pyplot")
 plot = load_script("benchmarks/plot")
 
 
 @pytest.fixture(autouse=True)
 def no_figures():
     yield
-    plot.plt.close("all")
+    pyplot.close("all")
 
 
-def write_run(folder, evals):
-    rows = [{"step": step, "train/loss": 1 / step} for step in range(1, 4)]
+def write_run(folder, evals, **metrics):
+    rows = [{"step": step, "train/loss": 1 / step} | metrics for step in range(1, 4)]
     write_rows(folder / "metrics.jsonl", [{"step": 0} | evals[0], *rows, {"step": 4, "train/loss": 0.1} | evals[1]])
     return folder
 
 
 def test_picture_has_the_numbers_of_each_run(tmp_path):
+    """One without evaluation, as with --num-eval-prompts 0, is drawn as far as it goes."""
     first = [{"eval/win_rate": rate, "eval/win_rate_ci95": 0.1 * rate, "eval/kl": rate} for rate in (0.5, 0.8)]
     runs = [write_run(tmp_path / "a", [row | {"eval/response_length": 20.0} for row in first])]
     runs.append(write_run(tmp_path / "b", [{"eval/response_length": 20.0}, {"eval/response_length": 9.0}]))
+    runs.append(write_run(tmp_path / "c", [{}, {}], **{"train/reward": 2.0}))
     plot.main(plot.Args(runs, tmp_path / "curves.png"))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    figure = plot.plt.gcf()
-    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
-    shown = ["train/loss", "eval/win_rate", "eval/kl", "eval/response_length"]
-    assert list(panels) == [plot.PANELS[metric] for metric in shown]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    lengths = [line.get_xydata().tolist() for line in panels["response length (tokens)"].lines]
-    assert lengths == [[[0, 20], [4, 20]], [[0, 20], [4, 9]]]
-    (band,) = panels["win rate against the initial model"].collections
+    figure = pyplot.gcf()
+    panels = [axes for axes in figure.axes if axes.axison]
+    shown = ["train/loss", "train/reward", "eval/kl", "eval/win_rate", "eval/response_length"]
+    assert [axes.get_title() for axes in panels] == [plot.PANELS[metric] for metric in shown]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(run) for run in runs]
+    curves = [[line.get_xydata().tolist() for line in axes.lines] for axes in panels]
+    assert curves[0] == [[[1, 1], [2, 1 / 2], [3, 1 / 3], [4, 0.1]]] * 3
+    assert curves[1] == [[], [], [[1, 2], [2, 2], [3, 2]]]
+    assert curves[4] == [[[0, 20], [4, 20]], [[0, 20], [4, 9]], []]
+    (band,) = panels[3].collections
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6).tolist()}
     assert corners == {(0, 0.45), (0, 0.55), (4, 0.72), (4, 0.88)}
 
 
-def test_what_is_no_run_and_what_has_no_evaluation(tmp_path):
-    with pytest.raises(SystemExit, match="error: .* is not the folder of a run"):
+def test_text_has_first_value_last_value_and_course(tmp_path, capsys):
+    write_rows(tmp_path / "metrics.jsonl", [{"step": i, "train/loss": 400 - 2 * i} for i in range(99)])
+    plot.main(plot.Args([tmp_path]))
+    name, first, last, bars = capsys.readouterr().out.splitlines()[1].split()
+    assert (name, first, last, bars[0], bars[-1], len(bars)) == ("train/loss", "400", "204", "█", "▁", 50)
+    assert bars == "".join(sorted(bars, reverse=True)) and {bars.count(bar) for bar in "▁▂▃▄▅▆▇█"} == {6, 7}
+
+
+@pytest.mark.parametrize("rows, error", [(None, "is not the folder of a run"), ([], "have no numbers yet")])
+def test_what_is_no_run(tmp_path, rows, error):
+    if rows is not None:
+        write_rows(tmp_path / "metrics.jsonl", rows)
+    with pytest.raises(SystemExit, match=f"error: .* {error}"):
         plot.main(plot.Args([tmp_path], tmp_path / "curves.png"))
-    write_run(tmp_path / "a", [{}, {}])
-    with pytest.raises(SystemExit, match="error: the run in .*a has no evaluation yet"):
-        plot.main(plot.Args([tmp_path / "a"], tmp_path / "curves.png"))
-    assert not (tmp_path / "curves.png").exists()

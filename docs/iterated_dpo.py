@@ -1,0 +1,61 @@
+"""Iterated DPO: a policy learns from its own answers, of which a judge picks the best and the worst, round by round.
+
+    python docs/iterated_dpo.py                                    # the test bed, two rounds
+    python docs/iterated_dpo.py --rounds 3 --model-name-or-path MODEL --dataset-name DATA --judge-name-or-path JUDGE
+
+Each round has its share of the prompts and starts from the last round's model, which is its reference and what `kl` and
+`win_rate` compare with. All other flags are dpo.py's; --output-dir gets a folder for each round.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dpo  # noqa: E402
+
+
+@dataclass
+class Args:
+    rounds: int = 2
+    num_answers: int = 4  # to each prompt
+
+
+def make_pairs(run: dpo.Run, policy: dpo.Any, pairs: list[dpo.Pair], count: int, seed: int) -> list[dict]:
+    """Rows with the best and the worst of some answers to each prompt, where their scores differ."""
+    pairs, rows = [pair for pair in pairs for _ in range(count)], []
+    with dpo.inference(policy):
+        answers = dpo.generate(run, policy, [pair.prompt_ids for pair in pairs], seed, temperature=1.0)
+        texts = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        scores = dpo.judge(run, run.args.judge_name_or_path, pairs, texts)
+    for start in range(0, len(pairs), count):
+        ranked, prompt = sorted(range(start, start + count), key=lambda i: scores[i]), pairs[start].prompt
+        answers = {"chosen": texts[ranked[-1]], "rejected": texts[ranked[0]]}
+        if scores[ranked[-1]] > scores[ranked[0]] and all(answers.values()):
+            if isinstance(prompt, list):
+                answers = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+            rows.append(pairs[start].columns | {"prompt": prompt} | answers)
+    return rows
+
+
+def main(args: Args, flags: list[str]) -> None:
+    run = dpo.start_run(tyro.cli(dpo.Args, args=flags))
+    train_pairs, test_pairs = dpo.load_pairs(run)
+    dpo.dist.destroy_process_group()  # each round has its own
+    path = run.args.model_name_or_path
+    for number in range(1, args.rounds + 1):
+        policy, data = dpo.load_model(run, path), run.folder / f"pairs-{number}"
+        data.mkdir(parents=True)
+        for split, pairs in (("train", train_pairs[number - 1 :: args.rounds]), ("test", test_pairs)):
+            rows = make_pairs(run, policy, pairs, args.num_answers, seed=run.args.seed * args.rounds + number)
+            (data / f"{split}.jsonl").write_text("".join([json.dumps(row) + "\n" for row in rows]))
+        folder = f"{run.folder}/round-{number}"
+        dpo.main(replace(run.args, model_name_or_path=path, dataset_name=str(data), output_dir=folder))
+        path = f"{folder}/model"
+
+
+if __name__ == "__main__":
+    main(*tyro.cli(Args, description=__doc__, return_unknown_args=True))
