@@ -453,10 +453,11 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
 
 def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: Any = None) -> list[float]:
     """Scores of responses to the prompts of pairs, by reward() of a Python file or a reward model, loaded or not."""
-    prompts, scores = [pair.prompt for pair in pairs], []
+    prompts, columns, scores = [pair.prompt for pair in pairs], {}, []
     answers = [[{"role": "assistant", "content": response}] for response in responses]
     if path.endswith(".py"):
-        columns = {name: [pair.columns[name] for pair in pairs] for name in pairs[0].columns}
+        for name in pairs[0].columns:
+            columns[name] = [pair.columns[name] for pair in pairs]
         completions = answers if isinstance(prompts[0], list) else responses
         scores = list(runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns))
     else:
@@ -492,7 +493,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             for indices in micro_batches(lengths, args.micro_batch_tokens, rank=0, world_size=1):
                 some = [(prompts[i], answers[i]) for i in indices]
                 for i, new, old in zip(indices, token_logps(policy, some), token_logps(initial, some), strict=True):
-                    rows[i] |= {"step": step, "prompt": test_pairs[i].prompt, "response": texts[i]}
+                    rows[i] |= {"step": step, "prompt": run.tokenizer.decode(prompts[i]), "response": texts[i]}
                     rows[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}
                     rows[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
     if args.judge_name_or_path and RANK == 0:  # as only this process writes
@@ -504,8 +505,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
         means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / len(rows) ** 0.5
     run.append("samples.jsonl", rows)
-    table = [list((row | {"prompt": render(run.tokenizer, row["prompt"])[0]}).values()) for row in rows]
-    wandb.log({"eval/samples": wandb.Table(list(rows[0]), table)}, step=step)
+    wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
     for name in list(rows[0])[3:]:  # behind step, prompt and response
         means[f"eval/{name}"] = statistics.fmean([row[name] for row in rows])
     tqdm.write(f"response to the first test prompt: {texts[0]}")

@@ -43,9 +43,8 @@ def make_pairs(run: dpo.Run, policy: dpo.Any, pairs: list[dpo.Pair], count: int,
 
 def main(args: Args, flags: list[str]) -> None:
     run = dpo.start_run(tyro.cli(dpo.Args, args=flags))
-    train_pairs, test_pairs = dpo.load_pairs(run)
+    (train_pairs, test_pairs), path = dpo.load_pairs(run), run.args.model_name_or_path
     dpo.dist.destroy_process_group()  # each round has its own
-    path = run.args.model_name_or_path
     for number in range(1, args.rounds + 1):
         policy, data = dpo.load_model(run, path), run.folder / f"pairs-{number}"
         data.mkdir(parents=True)
