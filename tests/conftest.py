@@ -21,6 +21,10 @@ os.environ |= {
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "grpo", "rlhf_ppo"]
@@ -65,10 +69,8 @@ def group():
 
 
 def leave_group():
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @cache
@@ -119,64 +121,89 @@ def chat(*texts):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+THINGS = ["hotel", "phone", "film", "museum", "restaurant", "camera", "soup", "book"]
+
+
 def text_pairs(count):
     """Pairs of strings, of different lengths."""
-    prompts = [f"Please review the {thing}{', and be brief' * (i % 3)}." for i, thing in enumerate(THINGS * count)][
-        :count
-    ]
-    good, bad = " I liked the {}. It was great, really great.", " The {} was bad."
-    return [
-        {"prompt": prompt, "chosen": good.format(thing) * (1 + i % 2), "rejected": bad.format(thing) * (1 + i % 4)}
-        for i, (prompt, thing) in enumerate(zip(prompts, THINGS * count, strict=False))
-    ]
+    rows = []
+    for i in range(count):
+        thing = THINGS[i % len(THINGS)]
+        prompt = f"Please review the {thing}{', and be brief' * (i % 3)}."
+        chosen, rejected = f" I liked the {thing}. It was great, really great.", f" The {thing} was bad."
+        rows.append({"prompt": prompt, "chosen": chosen * (1 + i % 2), "rejected": rejected * (1 + i % 4)})
+    return rows
 
 
-def make_batch(count=5, seed=0, script="dpo", **changes):
-    """A Batch of random numbers in float64; `changes` are named by their side, as in chosen_logps."""
-    import torch
-
-    generator, fields = torch.Generator().manual_seed(seed), {}
-    for field in ("{}_logps", "ref_{}_logps", "{}_lengths"):
-        drawn = torch.randn(2, count, generator=generator, dtype=torch.float64) * 3 - 20
-        sides = [changes.pop(field.format(side), drawn[i]) for i, side in enumerate(("chosen", "rejected"))]
-        fields[field.replace("{}_", "")] = torch.stack(sides)
-    return load_script(script).Batch(**{"preference_prob": torch.ones(count, dtype=torch.float64)} | fields | changes)
+# The text of a Python file as a judge, in the form of TRL's rewards: how often an answer has the `word` of its row.
+WORD_COUNT = """
+def reward(prompts, completions, word, **others):
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    assert {type(text) for text in completions} == {type(prompt) for prompt in prompts}
+    return [text.count(wanted) for text, wanted in zip(texts, word, strict=True)]
+"""
 
 
-def minimise(loss, size):
-    """Where a convex function of a vector has its minimum; it starts at 0."""
-    import torch
+def make_batch(count=5, **changes):
+    """A Batch of random numbers in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logps, ref_logps = 3 * torch.randn(2, 2, count, generator=generator, dtype=torch.float64) - 20
+    lengths = torch.randint(1, 10, (2, count), generator=generator).double()
+    fields = {"logps": logps, "ref_logps": ref_logps, "lengths": lengths, "preference_prob": torch.ones_like(logps[0])}
+    return load_script("dpo").Batch(**fields | changes)
 
-    theta = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+
+def bandit_optimum(compute_loss, options, reference, pairs=None, weights=1.0, **fields):
+    """Log-probabilities of the policy over single answers of lowest loss on some pairs (chosen, rejected) or all."""
+    answers = range(len(reference))
+    sides = torch.tensor(pairs or [(chosen, rejected) for chosen in answers for rejected in answers]).T
+    theta = torch.zeros_like(reference, requires_grad=True)
     settings = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 0, "line_search_fn": "strong_wolfe"}
     optimizer = torch.optim.LBFGS([theta], **settings)
 
     def closure():
         optimizer.zero_grad()
-        value = loss(theta)
-        value.backward()
-        return value
+        logps, ref_logps = theta.log_softmax(-1)[sides], reference[sides]
+        batch = make_batch(sides.shape[1], logps=logps, ref_logps=ref_logps, **fields)
+        loss = (weights * compute_loss(batch, *options)[0]).mean()
+        loss.backward()
+        return loss
 
     optimizer.step(closure)
-    return theta.detach()
+    return theta.detach().log_softmax(-1)
+
+
+def load_plain(path, head="CausalLM"):
+    """A model as transformers loads it. Rows are given to it alone, so that a score is that of the last token."""
+    model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(path, dtype=torch.float32)
+    model.config.pad_token_id = None
+    return model
+
+
+def naive_logps(model, prompt, answer):
+    """Of each token of an answer."""
+    logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return logps[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt, length):
+    """The likeliest answer, by a pass without cache for each token, up to the stop token 0."""
+    answer = []
+    while len(answer) < length and 0 not in answer:
+        answer.append(model(torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
+    return answer
 
 
 def weights_of(folder):
     """Weights of a saved model or adapter."""
-    from safetensors.torch import load_file
-
     (file,) = Path(folder).glob("*.safetensors")
     return load_file(file)
-
-
-THINGS = ["hotel", "phone", "film", "museum", "restaurant", "camera", "soup", "book"]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Makes folders with a small random model and the test bed's tokenizer: tiny_model(family, head, **config)."""
-    import torch
-    import transformers
 
     @cache
     def make(family="llama", head="CausalLM", **changes):

@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
-from conftest import TOY, chat, load_script, start, text_pairs, write_rows
+from conftest import TOY, chat, load_script, start
 
 dpo = load_script("dpo")
 
-
 FORMS = {
+    "text": {"prompt": "Review it.", "chosen": "good", "rejected": "bad<|end|> and more"},
     "messages": {"prompt": chat("a"), "chosen": chat("a", "b")[1:], "rejected": chat("a", "c")[1:]},
     "conversations": {"chosen": chat("a", "b"), "rejected": chat("a", "c")},
     "UltraFeedback": {"prompt": "a", "chosen": chat("a", "b"), "rejected": chat("a", "c")},
@@ -17,21 +17,15 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_chat_forms(form):
+def test_forms(form):
+    """Each answer ends with the stop token, once."""
     run = start("dpo", TOY / "policy")
-    (pair,) = dpo.encode_rows(run, [FORMS[form]], "train")
+    (pair,) = dpo.encode_rows(run, [FORMS[form] | {"preference_prob": 0.7}], "train")
     texts = run.tokenizer.batch_decode([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
-    assert texts == ["<|user|>a<|assistant|>", "b<|end|>", "c<|end|>"]
-    assert pair.prompt == chat("a")
-
-
-def test_strings_end_with_the_stop_token_once():
-    run = start("dpo", TOY / "policy")
-    row = {"prompt": "Review it.", "chosen": "good", "rejected": "bad<|end|> and more", "preference_prob": 0.7}
-    (pair,) = dpo.encode_rows(run, [row], "train")
-    assert run.tokenizer.batch_decode([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]) == [
-        "Review it.", "good<|end|>", "bad<|end|>",
-    ]  # fmt: skip
+    if form == "text":
+        assert texts == ["Review it.", "good<|end|>", "bad<|end|>"] and pair.prompt == "Review it."
+    else:
+        assert texts == ["<|user|>a<|assistant|>", "b<|end|>", "c<|end|>"] and pair.prompt == chat("a")
     assert pair.preference_prob == 0.7
 
 
@@ -62,18 +56,14 @@ def test_long_and_equal_pairs_are_dropped():
 
 def test_file_without_a_test_split(tmp_path):
     """The last tenth of the pairs is kept for testing; a file that keeps its time but not its rows is read anew."""
-    file = tmp_path / "pairs.jsonl"
-    write_rows(file, text_pairs(40))
-    time = file.stat().st_mtime_ns
-    train_pairs, test_pairs = dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(file)))
-    assert ([pair.row for pair in train_pairs], [pair.row for pair in test_pairs]) == (
-        list(range(36)),
-        [36, 37, 38, 39],
-    )
-    write_rows(file, text_pairs(20))
-    os.utime(file, ns=(time, time))
-    train_pairs, _ = dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(file)))
-    assert len(train_pairs) == 18
+    file, lines = tmp_path / "pairs.csv", [f'"Review, the {i}.",good {i},bad,0.9' for i in range(40)]
+    for count, kept in ((40, 36), (20, 18)):
+        file.write_text("\n".join(["prompt,chosen,rejected,preference_prob", *lines[:count]]))
+        os.utime(file, (1e9, 1e9))
+        train_pairs, test_pairs = dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(file)))
+        assert [pair.row for pair in train_pairs] == list(range(kept))
+        assert [pair.row for pair in test_pairs] == list(range(kept, count))
+    assert (train_pairs[3].prompt, train_pairs[3].preference_prob) == ("Review, the 3.", 0.9)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -117,15 +107,6 @@ def test_files_that_are_missing_or_empty_are_named(tmp_path):
     for name in ("empty.jsonl", "mistyped.csv"):
         with pytest.raises(SystemExit, match=f"error: there is no file .*{name}, or it is empty"):
             dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(tmp_path / name)))
-
-
-def test_csv_with_a_header(tmp_path):
-    file = tmp_path / "pairs.csv"
-    lines = [f'"Review, the {i}.",good {i},bad,0.9' for i in range(10)]
-    file.write_text("\n".join(["prompt,chosen,rejected,preference_prob", *lines]))
-    train_pairs, test_pairs = dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(file)))
-    assert (len(train_pairs), len(test_pairs)) == (9, 1)
-    assert (train_pairs[3].prompt, train_pairs[3].preference_prob) == ("Review, the 3.", 0.9)
 
 
 def test_an_answer_may_call_a_tool_instead_of_saying_something():

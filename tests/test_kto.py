@@ -4,28 +4,21 @@ import math
 
 import pytest
 import torch
-from conftest import TOY, chat, load_script, read_rows, start, text_pairs, write_rows
+from conftest import TOY, chat, load_plain, load_script, naive_logps, read_rows, start, text_pairs, write_rows
 
 kto = load_script("kto")
 
 
-def losses_of(logratios, desirable, beta=0.3, z0=0.0, weights=(1.0, 1.0)):
-    return kto.compute_loss(torch.as_tensor(logratios), torch.as_tensor(desirable), beta, z0, weights)[0]
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.5)])
-def test_loss_is_half_the_weight_where_policy_and_reference_agree(weights):
-    assert losses_of([0.0, 0.0], [1.0, 0.0], weights=weights).tolist() == [weights[0] / 2, weights[1] / 2]
-
-
 @pytest.mark.parametrize("z0", [0.0, 1.5])
-def test_gradient_in_closed_form(z0):
-    """Equation 9 of the paper: -+ w beta sigma(u) (1 - sigma(u)), with u = beta (r - z0)."""
+def test_loss_and_gradient(z0):
+    """Equations 7 to 9 of the paper, with u = beta (r - z0): w sigma(-+ u), and -+ w beta sigma(u) (1 - sigma(u))."""
     logratios = torch.tensor([-2.0, 0.3, 4.0, -1.0], requires_grad=True)
-    losses_of(logratios, [1.0, 1.0, 0.0, 0.0], z0=z0, weights=(2.0, 0.5)).sum().backward()
-    for ratio, gradient, weight in zip(logratios.tolist(), logratios.grad.tolist(), (2, 2, -0.5, -0.5), strict=True):
-        value = 1 / (1 + math.exp(-0.3 * (ratio - z0)))
-        assert gradient == pytest.approx(-weight * 0.3 * value * (1 - value), rel=1e-5)
+    losses, _ = kto.compute_loss(logratios, torch.tensor([1.0, 1.0, 0.0, 0.0]), 0.3, z0, (2.0, 0.5))
+    losses.sum().backward()
+    for i, (weight, sign) in enumerate([(2, 1), (2, 1), (0.5, -1), (0.5, -1)]):
+        value = 1 / (1 + math.exp(-0.3 * (logratios[i].item() - z0)))
+        assert losses[i].item() == pytest.approx(weight * (1 - value if sign == 1 else value))
+        assert logratios.grad[i].item() == pytest.approx(-sign * weight * 0.3 * value * (1 - value), rel=1e-5)
 
 
 HEAD, BOTH = ["<|user|>a<|assistant|>"], ["b<|end|>", "c<|end|>"]
@@ -60,23 +53,19 @@ def test_bad_rows_end_the_run(row):
         kto.encode_rows(start("kto", TOY / "policy"), [row], "train")
 
 
-def make_examples(desirable, undesirable):
-    pair = kto.Pair(0, "a", {}, [5], [6], [7], 1.0)
-    examples = kto.make_examples([pair] * max(desirable, undesirable))
-    kinds = ((1.0, desirable), (0.0, undesirable))
-    return sum([[e for e in examples if e.preference_prob == kind][:count] for kind, count in kinds], [])
+GOOD, BAD = kto.make_examples([kto.Pair(0, "a", {}, [5], [6], [7], 1.0)])
 
 
 @pytest.mark.parametrize(
     "flags, weights", [({}, (4, 1)), ({"undesirable_weight": 2.0}, (8, 2)), ({"desirable_weight": 1.0}, (1, 0.25))]
 )
 def test_weights_balance_the_totals(flags, weights):
-    assert kto.find_weights(kto.Args(**flags), make_examples(2, 8)) == weights
+    assert kto.find_weights(kto.Args(**flags), [GOOD] * 2 + [BAD] * 8) == weights
 
 
 def test_examples_of_one_kind_end_the_run():
     with pytest.raises(SystemExit, match="error: 3 examples are desirable and 0 are not"):
-        kto.find_weights(kto.Args(), make_examples(3, 0))
+        kto.find_weights(kto.Args(), [GOOD] * 3)
 
 
 def test_other_answers_are_those_of_the_example_before_within_the_step():
@@ -88,33 +77,20 @@ def test_other_answers_are_those_of_the_example_before_within_the_step():
     assert batches == [[0, 1, 2], [3, 4]]
 
 
-def naive_logp(model, prompt, answer):
-    logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    return sum(logps[len(prompt) - 1 + k, token] for k, token in enumerate(answer))
-
-
 @pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
 def test_steps_are_those_of_a_naive_loop(micro_batch_tokens, tiny_model, tmp_path):
     """Two steps of a run, whichever its micro-batches: loss, z0 and gradient norm."""
     path, rows = tiny_model(), []
     for i, pair in enumerate(text_pairs(6)):
-        rows.append(
-            {"prompt": pair["prompt"], "completion": pair["chosen" if i % 2 else "rejected"], "label": i % 2 == 1}
-        )
-    file = write_rows(tmp_path / "rows.jsonl", rows * 2)
-    flags = {
-        "dataset_name": file,
-        "batch_size": 5,
-        "max_steps": 2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,
-    }
+        label = i % 2 == 1
+        rows.append({"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label})
+    flags = {"dataset_name": write_rows(tmp_path / "rows.jsonl", rows * 2), "batch_size": 5, "max_steps": 2}
+    flags |= {"lr_scheduler_type": "constant", "max_grad_norm": 1e9}
     flags |= {"learning_rate": 1e-2, "max_new_tokens": 2, "micro_batch_tokens": micro_batch_tokens, "beta": 0.5}
     kto.main(kto.Args(model_name_or_path=path, output_dir=str(tmp_path / "run"), **flags))
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")[1:]
 
-    run = start("kto", path, **flags)
-    model, reference = (kto.load_model(run, path, trainable=trainable) for trainable in (True, False))
+    run, model, reference = start("kto", path, **flags), load_plain(path), load_plain(path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     examples = kto.make_examples(kto.load_pairs(run)[0])
     for row, batch in zip(logged, kto.plan_batches(run.args, len(examples)), strict=True):
@@ -122,7 +98,8 @@ def test_steps_are_those_of_a_naive_loop(micro_batch_tokens, tiny_model, tmp_pat
         for i, other in zip(batch, batch[-1:] + batch[:-1], strict=True):
             prompt = examples[i].prompt_ids
             for answer, found in ((examples[i].chosen_ids, ratios), (examples[other].chosen_ids, others)):
-                found.append(naive_logp(model, prompt, answer) - naive_logp(reference, prompt, answer).detach())
+                ref_logps = naive_logps(reference, prompt, answer).detach()
+                found.append((naive_logps(model, prompt, answer) - ref_logps).sum())
         z0 = max(0.0, sum(ratio.item() for ratio in others) / len(batch))
         signs = [1 if examples[i].preference_prob == 1 else -1 for i in batch]
         good = sum(example.preference_prob for example in examples)

@@ -1,9 +1,11 @@
 """What a model says of answers, how it samples them, and how it is held in memory."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
-from conftest import load_script, start
+from conftest import load_plain, load_script, naive_greedy, naive_logps, start
 
 dpo = load_script("dpo")
 
@@ -17,11 +19,16 @@ def draw_rows(*lengths):
     return rows
 
 
-def naive_logps(path, prompt, answer):
-    """Of each token of an answer, by the model alone and as it is loaded."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    return logps[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
+def assert_naive(path, model, rows, atol):
+    """Log-probabilities and their gradient are those of each row alone; gives the model that says so."""
+    found, naive = dpo.token_logps(model, rows), load_plain(path)
+    expected = [naive_logps(naive, *row) for row in rows]
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-4, atol=atol)
+    for logps in (found, expected):
+        torch.cat(logps).sum().backward()
+    for weight, other in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, other.grad, rtol=1e-3, atol=atol)
+    return naive
 
 
 # How each family passes: packed rows, or one row after another with the model's own attention and head.
@@ -36,23 +43,10 @@ def test_families(tiny_model, family):
     run = start("dpo", path, max_new_tokens=6)
     model = dpo.load_model(run, path, trainable=True)
     assert model.config._attn_implementation == ATTENTION[family]
-    found = dpo.token_logps(model, rows)
-    for logps, row in zip(found, rows, strict=True):
-        torch.testing.assert_close(logps, naive_logps(path, *row), rtol=1e-5, atol=1e-4)
-    torch.cat(found).sum().backward()
-    naive = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for prompt, answer in rows:
-        logps = naive(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        logps[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer].sum().backward()
-    for weight, expected in zip(model.parameters(), naive.parameters(), strict=True):
-        torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-3, atol=1e-3)
+    naive = assert_naive(path, model, rows, atol=1e-3)
     with dpo.inference(model):
         answers = dpo.generate(run, model, [prompt for prompt, _ in rows], seed=5, temperature=1e-6)
-    for (prompt, _), answer in zip(rows, answers, strict=True):
-        greedy = []
-        while len(greedy) < 6 and (not greedy or greedy[-1] not in run.stop_ids):
-            greedy.append(naive(torch.tensor([prompt + greedy])).logits[0, -1].argmax().item())
-        assert answer == greedy
+    assert answers == [naive_greedy(naive, prompt, 6) for prompt, _ in rows]
 
 
 def test_long_answers_pass_the_head_in_chunks(tiny_model):
@@ -62,63 +56,37 @@ def test_long_answers_pass_the_head_in_chunks(tiny_model):
     model = dpo.load_model(run, path, trainable=True)
     sizes = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    (logps,) = dpo.token_logps(model, rows)
-    logps.sum().backward()
+    assert_naive(path, model, rows, atol=1e-2)
     assert max(sizes) == 2048 and sum(sizes) >= 2500
-    torch.testing.assert_close(logps, naive_logps(path, *rows[0]), rtol=1e-4, atol=1e-3)
-    naive = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    prompt, answer = rows[0]
-    naive(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)[range(2, 2502), answer].sum().backward()
-    for weight, expected in zip(model.parameters(), naive.parameters(), strict=True):
-        torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-3, atol=1e-2)
 
 
-def test_samples_have_the_frequencies_of_the_model(tiny_model):
-    """First tokens of many answers to one prompt, at a temperature, against the model's own probabilities."""
-    path = tiny_model()
-    run = start("dpo", path, max_new_tokens=1)
-    model, prompt = dpo.load_model(run, path), [5, 6, 7]
-    with torch.no_grad():
-        answers = dpo.generate(run, model, [prompt] * 4000, seed=3, temperature=0.7)
-        probs = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
+def test_samples_have_the_frequencies_of_the_model(tiny_model, tmp_path):
+    """A generation_config.json with few candidates and a penalty is not obeyed; its end-of-sequence tokens are."""
+    folder, model = shutil.copytree(tiny_model(), tmp_path / "model"), load_plain(tiny_model())
+    greedy = naive_greedy(model, [8, 9], 9)
+    assert len(set(greedy)) < 9  # so that a penalty for repetitions would be seen
+    settings = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0}
+    transformers.GenerationConfig(**settings, eos_token_id=[0, greedy[-1]]).save_pretrained(folder)
+    run = start("dpo", folder, max_new_tokens=12)
+    loaded = dpo.load_model(run, folder)
+    assert dpo.generate(run, loaded, [[8, 9]], seed=1, temperature=1e-6) == [greedy]
+    run = start("dpo", folder, max_new_tokens=1)
+    answers = dpo.generate(run, loaded, [[5, 6, 7]] * 4000, seed=3, temperature=0.7)
+    probs = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 0.7).softmax(-1)
     counts = torch.bincount(torch.tensor(answers)[:, 0], minlength=len(probs))
     for token in probs.topk(5).indices:
         expected = 4000 * probs[token].item()
         assert abs(counts[token].item() - expected) < 5 * expected**0.5
 
 
-def test_a_model_passes_its_own_sampling_settings_by(tiny_model, tmp_path):
-    """A generation_config.json with few candidates and a penalty is not obeyed; its end-of-sequence tokens are."""
-    path = tiny_model()
-    model, tokenizer = (
-        transformers.AutoModelForCausalLM.from_pretrained(path),
-        transformers.AutoTokenizer.from_pretrained(path),
-    )
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0, eos_token_id=[0, 11]
-    )
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    answers = {}
-    for folder in (path, str(tmp_path)):
-        run = start("dpo", folder, max_new_tokens=12)
-        loaded = dpo.load_model(run, folder)
-        for temperature in (1.0, 1e-6):  # the second one repeats itself, unless that is penalised
-            found = dpo.generate(run, loaded, [[5, 6, 7], [8, 9]], seed=1, temperature=temperature)
-            answers[folder, temperature] = [dpo.cut_answer(answer, [0, 11]) for answer in found]
-    assert set(run.stop_ids) == {0, 11}
-    for temperature in (1.0, 1e-6):
-        assert answers[path, temperature] == answers[str(tmp_path), temperature]
-
-
 def test_batch_of_pairs(tiny_model, data):
     run = start("dpo", tiny_model(), dataset_name=str(data))
-    model, pairs = dpo.load_model(run, run.args.model_name_or_path), dpo.load_pairs(run)[0][:5]
+    model, naive, pairs = dpo.load_model(run, tiny_model()), load_plain(tiny_model()), dpo.load_pairs(run)[0][:5]
     pairs = [dpo.replace(pair, ref_logps=(-float(i), -2.0 * i)) for i, pair in enumerate(pairs)]
     batch = dpo.forward(model, pairs)
     for i, pair in enumerate(pairs):
         for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
-            expected = naive_logps(run.args.model_name_or_path, pair.prompt_ids, answer).sum()
+            expected = naive_logps(naive, pair.prompt_ids, answer).sum()
             torch.testing.assert_close(batch.logps[side, i], expected, rtol=1e-5, atol=1e-4)
             assert batch.ref_logps[side, i] == -(1.0 + side) * i and batch.lengths[side, i] == len(answer)
 

@@ -15,6 +15,7 @@ from conftest import (
     DPO_AND_SLOWLY_THE_OTHERS,
     ROOT,
     TOY,
+    WORD_COUNT,
     finish,
     leave_group,
     load_script,
@@ -66,14 +67,6 @@ script.main(script.tyro.cli(script.Args))
 """
 
 
-def assert_equal_runs(folder, expected, files=("metrics.jsonl", "samples.jsonl")):
-    """Bit for bit."""
-    for file in files:
-        assert (folder / file).read_text() == (expected / file).read_text()
-    ours, theirs = weights_of(folder / "model"), weights_of(expected / "model")
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
-
-
 def assert_close_runs(folder, expected):
     """Losses, gradient norms and weights, to rounding."""
     rows, expected_rows = read_rows(folder / "metrics.jsonl"), read_rows(expected / "metrics.jsonl")
@@ -84,17 +77,6 @@ def assert_close_runs(folder, expected):
     weights = weights_of(expected / "model")
     for key, value in weights_of(folder / "model").items():
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Folders for runs, by name."""
-
-    def make(name):
-        (tmp_path / name).mkdir(exist_ok=True)
-        return tmp_path / name / "run"
-
-    return make
 
 
 @pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
@@ -130,52 +112,47 @@ def test_a_run(name, data, tmp_path):
         pytest.param("dpo", ["--lora-rank", "4"], marks=SLOW),
     ],
 )
-def test_two_processes_give_what_one_gives(name, more, data, folders):
+def test_two_processes_give_what_one_gives(name, more, data, tmp_path):
     flags = [*flags_of(name, data), *more]
-    finish(name, folders("one"), *flags)
-    finish(name, folders("two"), *flags, processes=2)
-    assert_close_runs(folders("two"), folders("one"))
+    finish(name, tmp_path / "one", *flags)
+    finish(name, tmp_path / "two", *flags, processes=2)
+    assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 
 @SLOW
 @pytest.mark.parametrize(
-    "name, more", [("spin", []), ("oaif", []), ("grpo", []), ("rlhf_ppo", []), ("rlhf_ppo", ["--lora-rank", "4"])]
+    "name, more, first",
+    [("spin", [], 1), ("oaif", [], 1), ("grpo", [], 0), ("rlhf_ppo", [], 3), ("rlhf_ppo", ["--lora-rank", "4"], 3)],
 )
-def test_two_processes_that_sample(name, more, data, folders):
-    """What precedes the first sampled answer is equal, and the rest as sound as with one process."""
-    finish(name, folders("one"), *flags_of(name, data), *more)
-    finish(name, folders("two"), *flags_of(name, data), *more, processes=2)
-    one, two = (read_rows(folders(key) / "metrics.jsonl") for key in ("one", "two"))
+def test_two_processes_that_sample(name, more, first, data, tmp_path):
+    """The first steps, before an answer is sampled, are equal, and the rest as sound as with one process."""
+    finish(name, tmp_path / "one", *flags_of(name, data), *more)
+    finish(name, tmp_path / "two", *flags_of(name, data), *more, processes=2)
+    one, two = (read_rows(tmp_path / key / "metrics.jsonl") for key in ("one", "two"))
     assert len(one) == len(two) and all(math.isfinite(value) for row in two for value in row.values())
-    for row, other in zip(two[1 : STAGES[name][0]], one[1 : STAGES[name][0]], strict=True):
-        if name == "rlhf_ppo":
-            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
-    if name != "grpo":  # whose first loss is of sampled answers
-        assert two[1]["train/loss"] == pytest.approx(one[1]["train/loss"], rel=1e-5)
+    for row, other in zip(two[1 : first + 1], one[1 : first + 1], strict=True):
+        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
 
 
-KILLS = [
-    ("dpo", 0, []),
-    ("ipo", 5, []),
-    ("simpo", 3, []),
-    ("kto", 6, []),
-    ("oaif", 4, []),
-    ("oaif", 5, ["--lora-rank", "4"]),
-    ("grpo", 7, []),  # it clips twice a step
-]
-KILLS += [("pre_dpo", at, []) for at in (0, 4, 7, 11)] + [("spin", at, []) for at in (2, 5, 8)]
+KILLS = [("ipo", 5, []), ("simpo", 3, []), ("kto", 6, []), ("oaif", 4, []), ("grpo", 7, [])]  # GRPO clips twice a step
+KILLS += [("dpo", at, []) for at in (0, 2)] + [("pre_dpo", at, []) for at in (0, 4, 7, 11)]
+KILLS += [("spin", at, []) for at in (2, 5, 8)]
 KILLS += [("rlhf_ppo", at, []) for at in (3, 4, 6, 7, 16)]  # PPO clips two gradients an update, with two updates a step
-KILLS += [(name, at, ["--lora-rank", "4"]) for name, at in (("dpo", 4), ("pre_dpo", 7), ("spin", 8), ("rlhf_ppo", 12))]
+LORA_KILLS = [("dpo", 4), ("pre_dpo", 7), ("spin", 8), ("oaif", 5), ("rlhf_ppo", 12)]
+KILLS += [(name, at, ["--lora-rank", "4"]) for name, at in LORA_KILLS]
 
 
 @pytest.mark.parametrize("name, at, more", [("dpo", 6, []), *[pytest.param(*kill, marks=SLOW) for kill in KILLS]])
-def test_killed_runs_go_on_bit_for_bit(name, at, more, data, folders, whole_runs):
-    """In each stage and between stages, by the same command with --resume."""
+def test_killed_runs_go_on_bit_for_bit(name, at, more, data, tmp_path, whole_runs):
+    """Before the first checkpoint, in each stage and between stages, by the same command with --resume."""
     flags = [*flags_of(name, data), "--save-steps", "2", *more]
-    run_killed(name, folders("killed"), *flags, at=at)
-    finish(name, folders("killed"), *flags, "--resume")
-    files = ["metrics.jsonl", "samples.jsonl"] + ["annotated.jsonl"] * (name == "oaif")
-    assert_equal_runs(folders("killed"), whole_runs(name, more), files)
+    run_killed(name, tmp_path / "killed", *flags, at=at)
+    finish(name, tmp_path / "killed", *flags, "--resume")
+    whole = whole_runs(name, more)
+    for file in ["metrics.jsonl", "samples.jsonl"] + ["annotated.jsonl"] * (name == "oaif"):
+        assert (tmp_path / "killed" / file).read_text() == (whole / file).read_text()
+    weights, expected = weights_of(tmp_path / "killed" / "model"), weights_of(whole / "model")
+    assert all(torch.equal(value, expected[key]) for key, value in weights.items())
 
 
 @pytest.fixture(scope="module")
@@ -193,56 +170,42 @@ def whole_runs(data, tmp_path_factory):
 
 
 @SLOW
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_killed_before_the_first_checkpoint(at, data, folders):
-    """Also where an evaluation stands between backward pass and checkpoint."""
-    flags = [*flags_of("dpo", data), "--save-steps", "3"]
-    finish("dpo", folders("whole"), *flags)
-    run_killed("dpo", folders("killed"), *flags, at=at)
-    finish("dpo", folders("killed"), *flags, "--resume")
-    assert_equal_runs(folders("killed"), folders("whole"))
-
-
-@SLOW
-def test_checkpoint_of_two_processes_goes_on_with_one(data, folders, whole_runs):
+def test_checkpoint_of_two_processes_goes_on_with_one(data, tmp_path, whole_runs):
     flags = [*flags_of("dpo", data), "--save-steps", "2"]
-    run_killed("dpo", folders("killed"), *flags, at=4, processes=2)
-    assert "goes on at step 2" in finish("dpo", folders("killed"), *flags, "--resume").stdout
-    assert_close_runs(folders("killed"), whole_runs("dpo", []))
+    run_killed("dpo", tmp_path / "killed", *flags, at=4, processes=2)
+    assert "goes on at step 2" in finish("dpo", tmp_path / "killed", *flags, "--resume").stdout
+    assert_close_runs(tmp_path / "killed", whole_runs("dpo", []))
 
 
 @SLOW
 @pytest.mark.parametrize("at", [5, 6])
-def test_reward_model_of_two_processes_goes_on_after_an_evaluation(at, data, folders):
+def test_reward_model_of_two_processes_goes_on_after_an_evaluation(at, data, tmp_path):
     """The checkpoint of step 4 follows an evaluation: it must hold trained weights, and no gathered copy."""
     flags = [*flags_of("rlhf_ppo", data), "--save-steps", "2", "--eval-steps", "2", "--max-steps", "4"]
     flags += ["--reward-epochs", "2"]
-    finish("rlhf_ppo", folders("whole"), *flags, processes=2)
-    run_killed("rlhf_ppo", folders("killed"), *flags, at=at, processes=2)
-    finish("rlhf_ppo", folders("killed"), *flags, "--resume", processes=2)
-    rows, expected = (read_rows(folders(key) / "metrics.jsonl") for key in ("killed", "whole"))
+    finish("rlhf_ppo", tmp_path / "whole", *flags, processes=2)
+    run_killed("rlhf_ppo", tmp_path / "killed", *flags, at=at, processes=2)
+    finish("rlhf_ppo", tmp_path / "killed", *flags, "--resume", processes=2)
+    rows, expected = (read_rows(tmp_path / key / "metrics.jsonl") for key in ("killed", "whole"))
     for row, other in zip(rows[1:8], expected[1:8], strict=True):
         assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
-    weights, expected = (weights_of(folders(key) / "reward_model") for key in ("killed", "whole"))
+    weights, expected = (weights_of(tmp_path / key / "reward_model") for key in ("killed", "whole"))
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-5)
 
 
+MIXED = [(name, 2) for name in ("dpo", "pre_dpo", "spin", "kto", "oaif", "grpo", "rlhf_ppo")]
+MIXED += [(name, 1) for name in ("dpo", "spin", "rlhf_ppo")]
+
+
 @SLOW
-@pytest.mark.parametrize("name", ["dpo", "pre_dpo", "spin", "kto", "oaif", "grpo", "rlhf_ppo"])
-def test_mixed_precision_on_two_processes(name, data, tmp_path):
-    """bfloat16 as on a GPU, with adapters: the first numbers are exact, and the run ends well."""
-    flags = [*flags_of(name, data), "--dtype", "bfloat16", "--lora-rank", "4", "--gradient-checkpointing"]
+@pytest.mark.parametrize("name, processes", MIXED)
+def test_mixed_precision(name, processes, data, tmp_path):
+    """bfloat16 as on a GPU, on two processes with adapters: the first numbers are exact, and the run ends well."""
+    flags = [*flags_of(name, data), "--dtype", "bfloat16"]
+    flags += ["--lora-rank", "4", "--gradient-checkpointing"] if processes == 2 else []
     flags += {"rlhf_ppo": ["--ppo-epochs", "1"], "grpo": ["--num-iterations", "1"]}.get(name, [])
-    finish(name, tmp_path / "run", *flags, processes=2)
-    check_mixed_precision(name, read_rows(tmp_path / "run" / "metrics.jsonl"))
-
-
-@SLOW
-@pytest.mark.parametrize("name", ["dpo", "spin", "rlhf_ppo"])
-def test_mixed_precision_on_one_process(name, data, tmp_path):
-    flags = ["--ppo-epochs", "1"] if name == "rlhf_ppo" else []
-    finish(name, tmp_path / "run", *flags_of(name, data), *flags, "--dtype", "bfloat16")
+    finish(name, tmp_path / "run", *flags, processes=processes)
     check_mixed_precision(name, read_rows(tmp_path / "run" / "metrics.jsonl"))
 
 
@@ -257,17 +220,15 @@ def check_mixed_precision(name, rows):
 
 
 @SLOW
-def test_gradient_checkpointing_changes_nothing(data, folders):
+def test_gradient_checkpointing_changes_nothing(data, tmp_path):
     flags = [*flags_of("dpo", data), "--max-steps", "2"]
-    finish("dpo", folders("plain"), *flags)
-    finish("dpo", folders("checkpointing"), *flags, "--gradient-checkpointing")
-    assert_close_runs(folders("checkpointing"), folders("plain"))
+    finish("dpo", tmp_path / "plain", *flags)
+    finish("dpo", tmp_path / "checkpointing", *flags, "--gradient-checkpointing")
+    assert_close_runs(tmp_path / "checkpointing", tmp_path / "plain")
 
 
 def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
-    dpo, folder = load_script("dpo"), tmp_path / "data"
-    for split in ("train", "test"):
-        write_rows(folder / f"{split}.jsonl", read_rows(data / f"{split}.jsonl"))
+    dpo, folder = load_script("dpo"), shutil.copytree(data, tmp_path / "data")
     flags = {"dataset_name": str(folder), "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_new_tokens": 8}
     dpo.main(dpo.Args(**flags))
     rows = read_rows(tmp_path / "run/metrics.jsonl")
@@ -296,8 +257,11 @@ def test_files_in_a_folder_without_a_run_are_left_alone(tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
-RATES = {"kto": 5e-6, "ipo": 5e-7, "dpo": 5e-7, "simpo": 1e-6, "pre_dpo": 6e-7, "oaif": 5e-7, "rlhf_ppo": 3e-6}
-RATES["grpo"] = 1e-6
+DEFAULTS = {name: {"learning_rate": 5e-7} for name in ("dpo", "ipo", "oaif")}
+DEFAULTS |= {"simpo": {"learning_rate": 1e-6}, "grpo": {"learning_rate": 1e-6}, "kto": {"learning_rate": 5e-6}}
+DEFAULTS["pre_dpo"] = {"learning_rate": 6e-7, "guide_learning_rate": 6e-7, "guide_beta": 0.01}
+DEFAULTS["spin"] = {"learning_rate": [5e-7, 5e-7, 1e-7, 1e-7], "beta": [0.1, 0.1, 0.1, 5.0]}
+DEFAULTS["rlhf_ppo"] = dict.fromkeys(["learning_rate", "sft_learning_rate", "reward_learning_rate"], 3e-6)
 
 
 @pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
@@ -305,11 +269,7 @@ def test_defaults_work_alone(name, tiny_model, tmp_path):
     """A copy in an empty folder runs with a model and a file and nothing else."""
     (tmp_path / "script.py").write_text((ROOT / f"{name}.py").read_text())
     write_rows(tmp_path / "pairs.jsonl", text_pairs(20))
-    model = tiny_model()
-    if name == "oaif":  # whose annotator is the policy, asked by a chat template
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        assert tokenizer.chat_template
-    flags = ["--model-name-or-path", model, "--dataset-name", "pairs.jsonl"]
+    flags = ["--model-name-or-path", tiny_model(), "--dataset-name", "pairs.jsonl"]
     if name == "grpo":
         (tmp_path / "reward.py").write_text("def reward(prompts, completions, **columns): return map(len, completions)")
         flags += ["--reward-name-or-path", "reward.py", "--max-steps", "2"]
@@ -317,21 +277,16 @@ def test_defaults_work_alone(name, tiny_model, tmp_path):
     assert ended.returncode == 0, ended.stderr[-2000:]
     (record,) = tmp_path.glob("runs/*/args.json")
     args = json.loads(record.read_text())["args"]
-    assert args["learning_rate"] == RATES.get(name, [5e-7, 5e-7, 1e-7, 1e-7])
+    assert {flag: args[flag] for flag in DEFAULTS[name]} == DEFAULTS[name]
     assert args["judge_name_or_path"] is None or name == "grpo"  # whose samples the reward scores
 
 
-def test_a_loss_that_is_not_finite(data, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(TOY / "policy")
-    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
-    model.save_pretrained(tmp_path / "model")
-    transformers.AutoTokenizer.from_pretrained(TOY / "policy").save_pretrained(tmp_path / "model")
-    dpo, run = load_script("dpo"), start("dpo", tmp_path / "model", dataset_name=str(data))
-    policy = dpo.load_model(run, run.args.model_name_or_path, trainable=True)
-    pairs, _ = dpo.load_pairs(run)
-
+def test_a_loss_that_is_not_finite(data):
+    dpo, run = load_script("dpo"), start("dpo", TOY / "policy", dataset_name=str(data))
+    policy = dpo.load_model(run, run.args.model_name_or_path)
+    policy.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(SystemExit, match=r"error: a log-probability in rows \[0, 1, 2\] is not finite"):
-        dpo.forward(policy, pairs[:3])
+        dpo.forward(policy, dpo.load_pairs(run)[0][:3])
 
 
 def test_a_gradient_that_is_not_finite():
@@ -346,30 +301,28 @@ def test_a_gradient_that_is_not_finite():
     assert all(torch.equal(weight, other) for weight, other in zip(policy.parameters(), before, strict=True))
 
 
-JUDGE = """
-def reward(prompts, completions, keyword, **others):
-    # The form of TRL's reward functions: for chat data a completion is a list with one message.
-    assert len(prompts) == len(completions) == len(keyword)
-    return [float(completion[0]["content"].count(word)) for completion, word in zip(completions, keyword)]
-"""
-
-
 def test_a_python_file_as_the_judge(data, tmp_path):
     """It gets the rows' other columns, and its scores decide on the wins."""
-    (tmp_path / "judge.py").write_text(JUDGE)
-    rows = [row | {"keyword": "great"} for row in read_rows(data / "train.jsonl")]
-    write_rows(tmp_path / "data/train.jsonl", rows)
-    flags = ["--dataset-name", tmp_path / "data", *FLAGS, "--judge-name-or-path", tmp_path / "judge.py"]
-    finish("dpo", tmp_path / "run", *flags)
-    for row in read_rows(tmp_path / "run/samples.jsonl"):
-        assert row["judge_score"] == row["response"].count("great")
+    dpo, rows = load_script("dpo"), [row | {"word": "great"} for row in read_rows(data / "train.jsonl")]
+    rows[0]["prompt"][0]["name"] = "Ann"  # messages may have keys that others lack
+    (tmp_path / "judge.py").write_text(WORD_COUNT)
+    flags = {"dataset_name": write_rows(tmp_path / "data.jsonl", rows), "dataset_test_split": "train"}
+    flags |= {"judge_name_or_path": str(tmp_path / "judge.py"), "max_steps": 1, "learning_rate": 1e-2}
+    dpo.main(dpo.Args(**flags, output_dir=str(tmp_path / "run")))
+    samples = read_rows(tmp_path / "run/samples.jsonl")
+    for row, first in zip(samples, samples[:20] * 2, strict=True):
+        score, first_score = [each["response"].count("great") for each in (row, first)]
+        assert row["judge_score"] == score and row["prompt"].startswith("<|user|>")
+        assert row["win_rate"] == (0.5 if score == first_score else score > first_score)
+    assert len({row["win_rate"] for row in samples}) > 1
 
 
 def test_no_evaluation_on_samples(data, tmp_path):
-    finish("dpo", tmp_path / "run", *flags_of("dpo", data), "--num-eval-prompts", "0", "--max-steps", "1")
-    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    dpo, folder = load_script("dpo"), tmp_path / "run"
+    dpo.main(dpo.Args(dataset_name=str(data), num_eval_prompts=0, max_steps=1, output_dir=str(folder)))
+    rows = read_rows(folder / "metrics.jsonl")
     assert rows[0]["eval/loss"] == pytest.approx(math.log(2)) and "eval/kl" not in rows[0]
-    assert not (tmp_path / "run/samples.jsonl").exists()
+    assert not (folder / "samples.jsonl").exists()
 
 
 def test_tracking_without_a_login_leaves_nothing_behind(data, tmp_path):

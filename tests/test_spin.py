@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOY, load_script, make_batch, minimise, read_rows, start
+from conftest import TOY, bandit_optimum, load_script, make_batch, naive_greedy, naive_logps, read_rows, start
 
 spin = load_script("spin")
 QUESTION = {"role": "user", "content": "How was it?"}
@@ -23,25 +23,9 @@ BAD_ROWS = [{"prompt": "So:"}, {"prompt": "", "completion": "Yes."}, {"messages"
 BAD_ROWS += [{"prompt": [QUESTION], "completion": text} for text in ("Yes.", [ANSWER | {"content": ""}])]
 
 
-@torch.no_grad()
-def naive_logp(model, prompt, answer):
-    """Of an answer, by transformers' own loss of the row alone."""
-    labels = torch.tensor([[-100] * len(prompt) + answer])
-    return -len(answer) * model(torch.tensor([prompt + answer]), labels=labels).loss.item()
-
-
-@torch.no_grad()
-def naive_greedy(model, prompt, length):
-    """The likeliest answer, by a pass without cache for each token, up to the stop token 0."""
-    answer = []
-    while len(answer) < length and 0 not in answer:
-        answer.append(model(torch.tensor([prompt + answer])).logits[0, -1].argmax().item())
-    return answer
-
-
 @pytest.mark.parametrize("beta", [0.1, 5.0])
 def test_loss_and_gradient(beta):
-    batch = make_batch(script="spin")
+    batch = make_batch()
     batch.logps.requires_grad_()
     losses, _ = spin.compute_loss(batch, beta)
     (gradient,) = torch.autograd.grad(losses.sum(), batch.logps)
@@ -52,28 +36,14 @@ def test_loss_and_gradient(beta):
         assert gradient[:, i].tolist() == pytest.approx([slope, -slope])
 
 
-def expected_loss(truth, opponent, beta):
-    """On a bandit: of a policy's logits, over all truths of the one and answers of the other distribution."""
-    own, other = torch.cartesian_prod(torch.arange(len(truth)), torch.arange(len(truth))).T
-    references = {"ref_chosen_logps": opponent[own], "ref_rejected_logps": opponent[other]}
-
-    def loss(theta):
-        policy = theta.log_softmax(-1)
-        batch = make_batch(
-            len(own), script="spin", chosen_logps=policy[own], rejected_logps=policy[other], **references
-        )
-        return ((truth[own] + opponent[other]).exp() * spin.compute_loss(batch, beta)[0]).sum()
-
-    return loss
-
-
 @pytest.mark.parametrize("beta", [0.4, 1.0, 2.0])
 def test_iterations_on_a_bandit(beta):
-    """p_t+1 = p_t (p_data / p_t)^(1 / beta), normalised."""
+    """p_t+1 = p_t (p_data / p_t)^(1 / beta), normalised; pairs are as likely as p_data and p_t make them."""
     truth, policy = torch.tensor([[2.0, -1, 0, 1], [0, 1, 1.5, 0]], dtype=torch.float64).log_softmax(-1)
     for _ in range(2):
         expected = (policy + (truth - policy) / beta).softmax(-1)
-        policy = minimise(expected_loss(truth, policy, beta), 4).log_softmax(-1)
+        weights = (truth[:, None] + policy).exp().flatten()
+        policy = bandit_optimum(spin.compute_loss, (beta,), policy, weights=weights)
         torch.testing.assert_close(policy.exp(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -122,8 +92,9 @@ def test_pairs_of_an_iteration(played, monkeypatch):
         assert [pair.row for pair in pairs[5:]] == [1, 2, 3] and len({pair.row for pair in pairs[:5]}) == 5
         for pair in pairs:
             assert replace(pair, rejected_ids=truths[pair.row].rejected_ids, ref_logps=(0.0, 0.0)) == truths[pair.row]
-            logps = [naive_logp(opponent, pair.prompt_ids, answer) for answer in (pair.chosen_ids, pair.rejected_ids)]
-            assert pair.ref_logps == pytest.approx(logps, rel=1e-4)
+            for answer, logp in zip((pair.chosen_ids, pair.rejected_ids), pair.ref_logps, strict=True):
+                expected = naive_logps(opponent, pair.prompt_ids, answer).sum().item()
+                assert logp == pytest.approx(expected, rel=1e-4)
     assert {pair.row for pair in iterations[0][:5]} != {pair.row for pair in iterations[1][:5]}
 
 
@@ -165,11 +136,3 @@ def test_a_run(data, tmp_path, monkeypatch):
             own = spin.generate(run, opponents[t], prompts, 1_000_003 + 2 * t + 1, 1.0)
         assert [pair["rejected_ids"] for pair in tests] == own and len(own) == 6
     assert set(cut_answers) == {24}
-
-
-def test_defaults(tiny_model):
-    """Betas, rates and prompts for a real model are those of the authors' scripts."""
-    runs = start("spin", tiny_model()), start("spin", tiny_model(), lora_rank=2), start("spin", TOY / "policy")
-    real, lora, toy = [(run.args.beta, run.args.learning_rate, run.args.prompts_per_iteration) for run in runs]
-    assert real == ([0.1, 0.1, 0.1, 5], [5e-7, 5e-7, 1e-7, 1e-7], 50_000)
-    assert lora[1] == [5e-6, 5e-6, 1e-6, 1e-6] and toy == ([1], [3e-4], 2000)
