@@ -473,7 +473,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
             scores.append(model(input_ids=ids.to(DEVICE)).logits.item())
     bad = [pair.row for pair, score in zip(pairs, scores, strict=False) if score is None or not math.isfinite(score)]
     if bad or len(scores) != len(pairs):
-        sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} responses, none or not finite: rows {bad}")
+        sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} answers, not finite: rows {bad or 'none'}")
     return [float(score) for score in scores]
 
 

@@ -226,7 +226,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     lasts = [part[-1] if part and isinstance(part, list) else {"content": part} for part in parts]
     said = [last.get("content") or last.get("tool_calls") for last in lasts]  # a message may call tools instead
     if {type(part) for part in parts} not in ({str}, {list}) or not all(said):
-        sys.exit(f"error: {where} has {[k for k in row if row[k]]}: needed are prompt, chosen, rejected, text or chat")
+        sys.exit(f"error: {where} needs full prompt, chosen, rejected, text or chat; has {[k for k in row if row[k]]}")
     return parts
 
 
@@ -483,7 +483,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
             scores.append(model(input_ids=ids.to(DEVICE)).logits.item())
     bad = [pair.row for pair, score in zip(pairs, scores, strict=False) if score is None or not math.isfinite(score)]
     if bad or len(scores) != len(pairs):
-        sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} responses, none or not finite: rows {bad}")
+        sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} answers, not finite: rows {bad or 'none'}")
     return [float(score) for score in scores]
 
 

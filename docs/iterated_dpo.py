@@ -1,10 +1,8 @@
 """Iterated DPO: a policy learns from its own answers, of which a judge picks the best and the worst, round by round.
 
-    python docs/iterated_dpo.py                                    # the test bed, two rounds
-    python docs/iterated_dpo.py --rounds 3 --model-name-or-path MODEL --dataset-name DATA --judge-name-or-path JUDGE
+    python docs/iterated_dpo.py --rounds 2 --model-name-or-path MODEL --dataset-name DATA --judge-name-or-path JUDGE
 
-Each round has its share of the prompts and starts from the last round's model, which is its reference and what `kl` and
-`win_rate` compare with. All other flags are dpo.py's; --output-dir gets a folder for each round.
+A round has its own prompts, and starts from the last one's model, which is its reference. Other flags are dpo.py's.
 """
 
 import json
@@ -21,7 +19,8 @@ import dpo  # noqa: E402
 @dataclass
 class Args:
     rounds: int = 2
-    num_answers: int = 4  # to each prompt
+    num_prompts: int = 2000  # in each round, at most
+    num_answers: int = 4  # to each
 
 
 def make_pairs(run: dpo.Run, policy: dpo.Any, pairs: list[dpo.Pair], count: int, seed: int) -> list[dict]:
@@ -48,12 +47,13 @@ def main(args: Args, flags: list[str]) -> None:
     for number in range(1, args.rounds + 1):
         policy, data = dpo.load_model(run, path), run.folder / f"pairs-{number}"
         data.mkdir(parents=True)
-        for split, pairs in (("train", train_pairs[number - 1 :: args.rounds]), ("test", test_pairs)):
+        some_pairs = train_pairs[number - 1 :: args.rounds][: args.num_prompts]
+        for split, pairs in (("train", some_pairs), ("test", test_pairs)):
             rows = make_pairs(run, policy, pairs, args.num_answers, seed=run.args.seed * args.rounds + number)
             (data / f"{split}.jsonl").write_text("".join([json.dumps(row) + "\n" for row in rows]))
-        folder = f"{run.folder}/round-{number}"
-        dpo.main(replace(run.args, model_name_or_path=path, dataset_name=str(data), output_dir=folder))
-        path = f"{folder}/model"
+        output = str(run.folder / str(number))
+        dpo.main(replace(run.args, model_name_or_path=path, dataset_name=str(data), output_dir=output))
+        path = f"{output}/model"
 
 
 if __name__ == "__main__":

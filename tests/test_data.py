@@ -30,7 +30,7 @@ def test_forms(form):
 
 
 BAD_ROWS = {
-    "needed are prompt, chosen, rejected": {"prompt": "a", "chosen": 7, "rejected": "c"},
+    "needs full prompt, chosen, rejected": {"prompt": "a", "chosen": 7, "rejected": "c"},
     "has ['question']": {"question": "a"},
     "has ['prompt', 'rejected']": {"prompt": "a", "chosen": "", "rejected": "c"},
     "preference_prob is 1.5": {"prompt": "a", "chosen": "b", "rejected": "c", "preference_prob": 1.5},

@@ -5,6 +5,7 @@ import re
 import pytest
 from conftest import ROOT, SCRIPTS
 
+MORE = ["sample", "benchmarks/plot", "docs/iterated_dpo"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Of torchrun, Slurm and git.
 OTHERS = {"nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port", "nodes", "ntasks-per-node"}
@@ -13,7 +14,7 @@ OTHERS |= {"gpus-per-node", "requeue"}
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page):
-    texts = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in [*SCRIPTS, "sample", "benchmarks/plot"]]
+    texts = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in [*SCRIPTS, *MORE]]
     known = {flag.replace("_", "-") for text in texts for flag in re.findall(r"^    (\w+): ", text, re.M)}
     assert not set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", page.read_text(encoding="utf-8"))) - known - OTHERS
 

@@ -20,9 +20,9 @@ def test_two_rounds(data, tmp_path):
         lengths = [[len(pair[side][0]["content"]) for side in ("chosen", "rejected")] for pair in pairs]
         assert pairs and all(chosen > rejected > 0 for chosen, rejected in lengths)
         prompts += [json.dumps(pair["prompt"]) for pair in pairs]
-        first = read_rows(tmp_path / f"run/round-{number}/metrics.jsonl")[0]
+        first = read_rows(tmp_path / f"run/{number}/metrics.jsonl")[0]
         assert first["eval/kl"] == first["eval/rewards/margins"] == 0
     assert set(prompts) <= {json.dumps(row["prompt"]) for row in read_rows(data / "train.jsonl")}
     assert len(set(prompts)) == len(prompts)
-    args = json.loads((tmp_path / "run/round-2/args.json").read_text())["args"]
-    assert args["model_name_or_path"] == str(tmp_path / "run/round-1/model")
+    args = json.loads((tmp_path / "run/2/args.json").read_text())["args"]
+    assert args["model_name_or_path"] == str(tmp_path / "run/1/model")
