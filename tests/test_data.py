@@ -113,7 +113,7 @@ def test_an_answer_may_call_a_tool_instead_of_saying_something():
     call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
     row = {"prompt": chat("a"), "chosen": call, "rejected": chat("a", "b")[1:]}
     assert dpo.split_row(row, "row 0")[1] == call
-    with pytest.raises(SystemExit, match="^error: row 0 has"):
+    with pytest.raises(SystemExit, match="^error: row 0 needs full prompt"):
         dpo.split_row(row | {"chosen": [{"role": "assistant", "content": None}]}, "row 0")
 
 
