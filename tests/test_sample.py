@@ -200,7 +200,12 @@ def test_terminal_takes_single_keys_until_ctrl_c(tmp_path):
     (keyboard, terminal), label = pty.openpty(), tmp_path / "labels.jsonl"
     before = termios.tcgetattr(terminal)
     command = [sys.executable, ROOT / "sample.py", TOY / "policy", "--prompts", TOY / "test.jsonl", "--label", label]
-    with subprocess.Popen(command, stdin=terminal, stderr=subprocess.PIPE, preexec_fn=lambda: signal.alarm(300)) as run:
+
+    def as_in_a_terminal():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by what a script runs in the background
+        signal.alarm(300)
+
+    with subprocess.Popen(command, stdin=terminal, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal) as run:
         for labelled in (False, True):
             while label.exists() != labelled or termios.tcgetattr(terminal) == before:  # until it waits for a key
                 assert run.poll() is None
