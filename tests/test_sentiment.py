@@ -1,0 +1,40 @@
+"""benchmarks/sentiment: the stored labels, the data made from them, the planned runs, a place beside DPO's frontier."""
+
+import math
+import sys
+
+import pytest
+import tyro
+from conftest import ROOT, load_script, read_rows
+
+pytest.importorskip("vaderSentiment")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(ROOT / "benchmarks" / "sentiment"))
+import frontier  # noqa: E402
+import make_data  # noqa: E402
+import reward  # noqa: E402
+
+
+def test_labels_are_as_noisy_as_bradley_terry_says(tmp_path):
+    assert reward.reward([""], ["VADER is smart, handsome, and funny."]) == [0.8316]  # as VADER's authors print
+    train, test = [read_rows(make_data.PAIRS / f"{split}.jsonl") for split in ("train", "test")]
+    scores = [(row["chosen_score"], row["rejected_score"]) for row in train]
+    again = [reward.reward(train, [row[side] for row in train]) for side in ("chosen", "rejected")]
+    assert scores == list(zip(*again, strict=True))
+    probs, right = [1 / (1 + math.exp(-4 * abs(a - b))) for a, b in scores if a != b], sum(a > b for a, b in scores)
+    assert abs(right - sum(probs)) < 3 * math.sqrt(sum(p * (1 - p) for p in probs))
+    make_data.derive(tmp_path)
+    flipped = [read_rows(tmp_path / f"flipped-{percent}" / "train.jsonl") for percent in (0, 10, 30)]
+    wrong = [sum(row["chosen_score"] < row["rejected_score"] for row in rows) / len(rows) for rows in flipped]
+    assert wrong == pytest.approx([0, 0.1, 0.3], abs=1e-3)
+    prompts, trained = [[str(row["prompt"]) for row in rows] for rows in (test, train)]
+    assert len(set(prompts[:64])) == 64 and not set(prompts) & set(trained)
+    assert prompts == [str(row["prompt"]) for row in read_rows(tmp_path / "thumbs" / "test.jsonl")]
+
+
+def test_plan_and_frontier():
+    for _, script, *flags in map(str.split, frontier.plan()):
+        tyro.cli(load_script(script.removesuffix(".py")).Args, args=flags)
+    places = [(4, 1), (2, 1), (1, 0.7), (9, 0.7)]  # the line through (0, 0), (2, 1) and (4, 1) is at 0.5 and 1 there
+    runs = [{"evals": [{"judge_score": 0.0}, {"kl": kl, "judge_score": reward}]} for kl, reward in places]
+    assert [frontier.above_dpo(run, *runs[:2]) for run in runs[2:]] == pytest.approx([0.2, -0.3])
