@@ -35,6 +35,13 @@ def test_labels_are_as_noisy_as_bradley_terry_says(tmp_path):
 def test_plan_and_frontier():
     for _, script, *flags in map(str.split, frontier.plan()):
         tyro.cli(load_script(script.removesuffix(".py")).Args, args=flags)
-    places = [(4, 1), (2, 1), (1, 0.7), (9, 0.7)]  # the line through (0, 0), (2, 1) and (4, 1) is at 0.5 and 1 there
+    places = [
+        (4, 1),
+        (2, 1),
+        (3, 1),
+        (1, 0.7),
+        (9, 0.7),
+    ]  # the line through the first is 0.5 and 1 high at the last two
     runs = [{"evals": [{"judge_score": 0.0}, {"kl": kl, "judge_score": reward}]} for kl, reward in places]
-    assert [frontier.above_dpo(run, *runs[:2]) for run in runs[2:]] == pytest.approx([0.2, -0.3])
+    assert [frontier.above_dpo(*runs[:3], run) for run in runs[3:]] == pytest.approx([0.2, -0.3])
+    assert frontier.above_dpo(*runs) == pytest.approx(-0.05)

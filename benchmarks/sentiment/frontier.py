@@ -34,12 +34,15 @@ HERE = Path(__file__).resolve().parent
 ROOT, RESULTS, RUNS = HERE.parent.parent, HERE / "results.json", "runs/sentiment"
 REWARD, PAIRS = "benchmarks/sentiment/reward.py", "benchmarks/sentiment/pairs"
 SEEDS = (1, 2)
-COMMON = "--lora-rank 16 --num-eval-prompts 64 --eval-steps 1000 --max-new-tokens 48 --max-length 128"
+COMMON = "--lora-rank 16 --dtype bfloat16 --num-eval-prompts 64 --eval-steps 1000 --max-new-tokens 48 --max-length 128"
 COMMON += f" --judge-name-or-path {REWARD}"
 RATE = "--learning-rate 0.0005"
 STEPS = "--max-steps 16 --batch-size 16"
 HALVES = f"{RATE} --guide-learning-rate 0.0005 --guide-beta 0.3 --max-steps 8 --batch-size 16"  # of both stages
-PPO = f"{RATE} --sft-epochs 0 --max-steps 8 --rollouts-per-step 24 --ppo-epochs 2"
+SPIN = f"{RATE} --num-iterations 2 --prompts-per-iteration 128 --max-steps 8 --batch-size 16"  # of each iteration
+RATES = (0.0005, 0.0002, 0.001)  # in so few steps it is the rate, and not the price of a nat, that limits the KL
+GRPO = "--max-steps 16 --batch-size 32"
+PPO = "--sft-epochs 0 --max-steps 8 --rollouts-per-step 24 --ppo-epochs 2 --gae-lambda 1 --value-clip-range 10"
 TRUE = f"--reward-name-or-path {REWARD} --missing-eos-score 0.3"  # an answer that is cut off counts as an average one
 LEARNED = "--reward-learning-rate 0.0005 --batch-size 32 --missing-eos-score 0"  # of the pairs that DPO sees
 
@@ -64,16 +67,19 @@ class Method:
 METHODS = {
     "dpo": Method("DPO", f"dpo.py {RATE} {STEPS}", "--beta", (0.3, 0.1, 1)),
     "ipo": Method("IPO", f"ipo.py {RATE} {STEPS}", "--beta", (0.3, 0.1, 1)),
-    "simpo": Method("SimPO", f"simpo.py {STEPS}", "--learning-rate", (0.0005, 0.0002, 0.0001)),  # without a reference
+    "simpo": Method(
+        "SimPO", f"simpo.py {STEPS}", "--learning-rate", (0.0005, 0.0002, 0.0001)
+    ),  # has no pull to a reference
     "kto": Method("KTO", f"kto.py {RATE} --max-steps 16 --batch-size 32", "--beta", (0.3, 0.1, 1), f"{RUNS}/thumbs"),
-    "pre_dpo": Method("Pre-DPO", f"pre_dpo.py {HALVES}", "--beta", (0.3,)),
-    "oaif": Method("OAIF", f"oaif.py {RATE} {STEPS} --annotator-name-or-path {REWARD}", "--beta", (0.3,)),
-    "grpo": Method(
-        "GRPO", f"grpo.py {RATE} --max-steps 16 --batch-size 32 --reward-name-or-path {REWARD}", "--beta", (0.04,)
-    ),
+    "pre_dpo": Method("Pre-DPO", f"pre_dpo.py {HALVES}", "--beta", (0.3, 0.1, 1)),
+    "spin": Method("SPIN", f"spin.py {SPIN}", "--beta", (1, 0.3, 3)),
+    "oaif": Method("OAIF", f"oaif.py {RATE} {STEPS} --annotator-name-or-path {REWARD}", "--beta", (0.3, 0.1, 1)),
+    "grpo": Method("GRPO", f"grpo.py {GRPO} --reward-name-or-path {REWARD}", "--learning-rate", RATES),
     # In units of the true reward, beta 0.3 of pairs drawn at SCALE 4 is a price of 0.3 / 4 for a nat.
-    "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE}", "--kl-coef", (0.075,)),
-    "ppo_learned": Method("PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED}", "--kl-coef", (0.3,)),
+    "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE} --kl-coef 0.075", "--learning-rate", RATES),
+    "ppo_learned": Method(
+        "PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED} --kl-coef 0.3", "--learning-rate", RATES
+    ),
 }
 NOISE = {}
 for percent in make_data.FLIPPED:
@@ -92,13 +98,12 @@ def command(name: str, seed: int, strength: float | None = None) -> str:
 
 
 def plan() -> list[str]:
-    """All runs: the first seed's before the second's, default strengths before others, noisy labels at the end."""
-    planned = []
-    for methods in (METHODS, NOISE):
-        for seed in SEEDS:
-            planned += [command(name, seed) for name in methods]
-            for name, method in methods.items():
-                planned += [command(name, seed, strength) for strength in method.values[1:]]
+    """All runs: default strengths, then noisy labels, then other strengths; of each, the first seed comes first."""
+    planned = [command(name, seed) for seed in SEEDS for name in METHODS]
+    planned += [command(name, seed) for seed in SEEDS for name in NOISE]
+    for seed in SEEDS:
+        for name, method in METHODS.items():
+            planned += [command(name, seed, strength) for strength in method.values[1:]]
     return planned
 
 
@@ -167,22 +172,24 @@ def shorter(first: dict, second: dict) -> float:
     return final(second, "response_length") - final(first, "response_length")
 
 
-def above_dpo(run: dict, *dpo: dict) -> float:
-    """Reward of a run above the line from the initial model through DPO's runs, at the run's KL."""
+def above_dpo(*records: dict) -> float:
+    """Reward of the runs after the first three, above the line from the initial model through these, DPO's; a mean."""
+    dpo, runs = records[:3], records[3:]
     points = sorted([(0.0, dpo[0]["evals"][0]["judge_score"])] + [(final(row, "kl"), final(row)) for row in dpo])
-    return final(run) - float(np.interp(final(run, "kl"), *zip(*points, strict=True)))
+    kls, rewards = zip(*points, strict=True)
+    return statistics.fmean([final(run) - float(np.interp(final(run, "kl"), kls, rewards)) for run in runs])
 
 
-def below_dpo(run: dict, *dpo: dict) -> float:
-    return -above_dpo(run, *dpo)
+def below_dpo(*records: dict) -> float:
+    return -above_dpo(*records)
 
 
 def pair(first: str, second: str) -> Callable[[int], list[str]]:
     return lambda seed: [command(first, seed), command(second, seed)]
 
 
-def beside_dpo(name: str, strength: float | None = None) -> Callable[[int], list[str]]:
-    return lambda seed: [command(name, seed, strength)] + [command("dpo", seed, beta) for beta in METHODS["dpo"].values]
+def beside_dpo(name: str) -> Callable[[int], list[str]]:
+    return lambda seed: [command(which, seed, value) for which in ("dpo", name) for value in METHODS[which].values]
 
 
 QUESTIONS = [
@@ -191,7 +198,7 @@ QUESTIONS = [
     Question("OAIF has more reward than DPO on pairs without noise", pair("oaif", "dpo_0"), less),
     Question("Pre-DPO is above DPO's frontier", beside_dpo("pre_dpo"), above_dpo),
     Question("SimPO's answers are shorter than DPO's (tokens)", pair("simpo", "dpo"), shorter, least=2),
-    Question("IPO at beta 0.1 is above DPO's frontier", beside_dpo("ipo", 0.1), above_dpo),
+    Question("IPO is above DPO's frontier", beside_dpo("ipo"), above_dpo),
     Question("GRPO has more reward than PPO with the true reward", pair("grpo", "ppo_true"), less),
     Question("10 % flipped: conservative DPO has more reward than DPO", pair("cdpo_10", "dpo_10"), less),
     Question("30 % flipped: conservative DPO has more reward than DPO", pair("cdpo_30", "dpo_30"), less),

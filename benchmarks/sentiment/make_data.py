@@ -1,6 +1,6 @@
 """Pairs of a model's own answers, preferred by a reward that is known exactly; and what is made of them.
 
-python benchmarks/sentiment/make_data.py    # where pairs/ is missing, samples it; about half an hour on one core
+python benchmarks/sentiment/make_data.py    # where pairs/ is missing it is sampled: 17 minutes of one core
 
 pairs/ has train.jsonl and test.jsonl, about different things. chosen_score and rejected_score are the true rewards. An
 answer a is preferred to b with the probability sigmoid(SCALE (score(a) - score(b))), the Bradley-Terry model, and is
@@ -150,6 +150,13 @@ def main(args: Args) -> None:
     if not PAIRS.exists():
         sample_pairs(args)
     derive(DERIVED)
+    for split in ("train", "test"):
+        pairs = [json.loads(line) for line in (PAIRS / f"{split}.jsonl").open()]
+        leads = [pair["chosen_score"] - pair["rejected_score"] for pair in pairs]
+        shares = [statistics.fmean(some) for some in ([x > 0 for x in leads], [x < 0 for x in leads])]
+        print(
+            f"{split}: {len(pairs)} pairs; the higher score is chosen in {shares[0]:.1%}, the lower in {shares[1]:.1%}"
+        )
 
 
 if __name__ == "__main__":
