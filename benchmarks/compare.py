@@ -83,8 +83,7 @@ DEFAULTS = (
     "rlhf_ppo",
 )  # scripts, for one run by default
 DETERMINISTIC_BETAS = (0.05, 0.1, 0.3)
-ANNOTATORS = {2: 900, 5: 540, 8: 330}  # layers, and steps that take the same time; the policy has four layers
-POLICY_PARAMETERS = 968_320
+SMALL_ANNOTATOR = {"layers": 2, "steps": 900}  # the policy has four layers
 DPO_LOSS = "losses = -p * F.logsigmoid(beta * h) - (1 - p) * F.logsigmoid(-beta * h)"
 SLIC_LOSS = "losses = torch.relu(1 - beta * h)"
 
@@ -154,10 +153,10 @@ def simpo_guide_run(runs: dict, seed: int) -> str:
     return command("pre_dpo.py", f"{flags} --guide-simpo-beta 2.5 --guide-simpo-gamma-beta-ratio {ratio:g}", seed)
 
 
-def annotator_run(runs: dict, layers: int, seed: int) -> str:
-    """OAIF with an annotator of that many layers."""
+def small_annotator_run(runs: dict, seed: int) -> str:
+    """OAIF with an annotator smaller than the policy."""
     flags = "--learning-rate {:g} --beta {:g}".format(*tuned(runs, "oaif"))
-    return command("oaif.py", f"{flags} --annotator-name-or-path {FOLDER}/annotator-{layers}/annotator", seed)
+    return command("oaif.py", f"{flags} --annotator-name-or-path {FOLDER}/annotator-2/annotator", seed)
 
 
 def deterministic_run(script: str, beta: float, seed: int) -> str:
@@ -186,7 +185,7 @@ def plan(runs: dict) -> list[str]:
         if "pre_dpo" in ready:
             planned += [simpo_guide_run(runs, seed)]
         if "oaif" in ready:
-            planned += [annotator_run(runs, layers, seed) for layers in ANNOTATORS]
+            planned += [small_annotator_run(runs, seed)]
             planned += [online_run(runs, loss, seed) for loss in ONLINE]
         if "offline_dpo" in ready:
             planned += [offline_run(runs, loss, seed) for loss in OFFLINE]
@@ -243,7 +242,7 @@ def build(name: str) -> float:
     unfinished.mkdir()
     if kind == "annotator":
         (unfinished / "policy").symlink_to(ROOT / "toy" / "policy")
-        code = f"build_annotator(Path('{unfinished}'), steps={ANNOTATORS[int(number)]}, layers={number})"
+        code = f"build_annotator(Path('{unfinished}'), **{SMALL_ANNOTATOR})"
         code = f"from pathlib import Path; from make_toy import build_annotator; {code}"
         seconds = call(f'python -c "{code}"', folder.with_suffix(".txt"), PYTHONPATH=str(ROOT / "toy"))
     elif kind == "reward":
