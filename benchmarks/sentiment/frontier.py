@@ -38,7 +38,7 @@ COMMON = "--lora-rank 16 --dtype bfloat16 --num-eval-prompts 64 --eval-steps 100
 COMMON += f" --judge-name-or-path {REWARD}"
 RATE = "--learning-rate 0.0005"
 STEPS = "--max-steps 16 --batch-size 16"
-HALVES = f"{RATE} --guide-learning-rate 0.0005 --guide-beta 0.3 --max-steps 8 --batch-size 16"  # of both stages
+HALVES = f"{RATE} --guide-learning-rate 0.0005 --guide-beta 0.1 --max-steps 8 --batch-size 16"  # of both stages
 SPIN = f"{RATE} --num-iterations 2 --prompts-per-iteration 128 --max-steps 8 --batch-size 16"  # of each iteration
 RATES = (0.0005, 0.0002, 0.001)  # in so few steps it is the rate, and not the price of a nat, that limits the KL
 GRPO = "--max-steps 16 --batch-size 32"
@@ -65,29 +65,29 @@ class Method:
 
 
 METHODS = {
-    "dpo": Method("DPO", f"dpo.py {RATE} {STEPS}", "--beta", (0.3, 0.1, 1)),
-    "ipo": Method("IPO", f"ipo.py {RATE} {STEPS}", "--beta", (0.3, 0.1, 1)),
+    "dpo": Method("DPO", f"dpo.py {RATE} {STEPS}", "--beta", (0.1, 0.3, 1)),
+    "ipo": Method("IPO", f"ipo.py {RATE} {STEPS}", "--beta", (0.1, 0.03, 0.3)),
     "simpo": Method(
         "SimPO", f"simpo.py {STEPS}", "--learning-rate", (0.0005, 0.0002, 0.0001)
     ),  # has no pull to a reference
-    "kto": Method("KTO", f"kto.py {RATE} --max-steps 16 --batch-size 32", "--beta", (0.3, 0.1, 1), f"{RUNS}/thumbs"),
-    "pre_dpo": Method("Pre-DPO", f"pre_dpo.py {HALVES}", "--beta", (0.3, 0.1, 1)),
+    "kto": Method("KTO", f"kto.py {RATE} --max-steps 16 --batch-size 32", "--beta", (0.1, 0.3, 1), f"{RUNS}/thumbs"),
+    "pre_dpo": Method("Pre-DPO", f"pre_dpo.py {HALVES}", "--beta", (0.1, 0.3, 1)),
     "spin": Method("SPIN", f"spin.py {SPIN}", "--beta", (1, 0.3, 3)),
-    "oaif": Method("OAIF", f"oaif.py {RATE} {STEPS} --annotator-name-or-path {REWARD}", "--beta", (0.3, 0.1, 1)),
+    "oaif": Method("OAIF", f"oaif.py {RATE} {STEPS} --annotator-name-or-path {REWARD}", "--beta", (0.1, 0.3, 1)),
     "grpo": Method("GRPO", f"grpo.py {GRPO} --reward-name-or-path {REWARD}", "--learning-rate", RATES),
-    # In units of the true reward, beta 0.3 of pairs drawn at SCALE 4 is a price of 0.3 / 4 for a nat.
-    "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE} --kl-coef 0.075", "--learning-rate", RATES),
+    # In units of the true reward, beta 0.1 of pairs drawn at SCALE 4 is a price of 0.1 / 4 for a nat.
+    "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE} --kl-coef 0.025", "--learning-rate", RATES),
     "ppo_learned": Method(
-        "PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED} --kl-coef 0.3", "--learning-rate", RATES
+        "PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED} --kl-coef 0.1", "--learning-rate", RATES
     ),
 }
 NOISE = {}
 for percent in make_data.FLIPPED:
     script, data = f"dpo.py {RATE} {STEPS}", f"{RUNS}/flipped-{percent}"
-    NOISE[f"dpo_{percent}"] = Method(f"DPO, {percent} % flipped", script, "--beta", (0.3,), data)
+    NOISE[f"dpo_{percent}"] = Method(f"DPO, {percent} % flipped", script, "--beta", (0.1,), data)
     if percent > 0:
         script += f" --label-smoothing {percent / 100:g}"
-        NOISE[f"cdpo_{percent}"] = Method(f"conservative DPO, {percent} % flipped", script, "--beta", (0.3,), data)
+        NOISE[f"cdpo_{percent}"] = Method(f"conservative DPO, {percent} % flipped", script, "--beta", (0.1,), data)
 
 
 def command(name: str, seed: int, strength: float | None = None) -> str:
