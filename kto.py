@@ -9,11 +9,11 @@ KL divergence of the policy from the reference:
     loss = w_D (1 - sigmoid(beta (r - z0)))  if desirable,  w_U (1 - sigmoid(beta (z0 - r)))  if not     (Eq. 7 and 8)
 
 A row has a prompt, a completion and a label, true for desirable. Preference pairs will do, too: each is two examples.
-Without weights the rarer kind is weighted such that both have equal totals. Where sources differ, this script
+Where one kind is rarer, weights should bring both to about equal totals. Where sources differ, this script
 - takes the mean of z0 over the whole step, with the answer of the example before (authors: over the devices' batches);
 - takes beta 0.1 and learning rate 5e-6 (ten times that with LoRA) from the authors' code, and 64 examples (32) a step;
 - uses AdamW with linear decay, and drops examples over --max-length.
-The loss starts at 0.5 if the weights are 1. eval/loss has z0 = 0, and is the mean of a pair's two losses; for rows with
+The loss starts at 0.5 with weights of 1. eval/loss has z0 = 0, and is the mean of a pair's two losses; for rows with
 one answer eval/rewards/accuracies is the share of rewards with the right sign.
 
     python kto.py                                # the built-in test bed, about a minute on two CPU cores
@@ -65,8 +65,8 @@ class Args:
     # region method: args
     # --- KTO ---
     beta: float = 0.1  # strength of the pull to the reference
-    desirable_weight: float | None = None  # of desirable examples; None = such that both kinds have equal totals
-    undesirable_weight: float | None = None  # of undesirable examples, likewise
+    desirable_weight: float = 1.0  # w_D, of desirable examples; if they are a tenth of all, 9 is right
+    undesirable_weight: float = 1.0  # of undesirable examples, w_U
     learning_rate: float | None = None  # None = 5e-6 as in the authors' code (5e-5 with LoRA), 3e-4 on the test bed
     DEFAULTS = {"learning_rate": (5e-6, 5e-5, 3e-4)}  # in place of None: for a real model, with LoRA, on the test bed
     # endregion
@@ -184,12 +184,13 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
     """Pairs of token ids from the rows of a split; of a row with a single answer the other one is empty."""
     pairs, count = [], 0
     for row in rows:
-        prompt, *answers = split_row(row, f"row {count} of split {split}")
-        texts = render(run.tokenizer, prompt, *[answer for answer in answers if answer])
+        where = f"row {count} of split {split}"
+        prompt, *sides = split_row(row, where)
+        texts = render(run.tokenizer, prompt, *[side for side in sides if side])
         # Each text by itself, as in generation: tokens of the whole could reach across the end of the prompt.
-        prompt_ids, *ids = run.tokenizer(texts, add_special_tokens=False).input_ids
-        ids = [cut_answer(answer_ids + run.stop_ids[:1], run.stop_ids) for answer_ids in ids]
-        chosen_ids, rejected_ids = [ids.pop(0) if answer else [] for answer in answers]
+        prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids
+        answers = [cut_answer(ids + run.stop_ids[:1], run.stop_ids) for ids in answers]
+        chosen_ids, rejected_ids = [answers.pop(0) if side else [] for side in sides]
         columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
         longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
         if longest <= run.args.max_length and chosen_ids != rejected_ids:
@@ -215,8 +216,8 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
     lasts = [part[-1] if part and isinstance(part, list) else {"content": part} for part in parts]
     said = [last.get("content") or last.get("tool_calls") for last in lasts]  # a message may call tools instead
     if len(parts) < 2 or {type(part) for part in parts} not in ({str}, {list}) or not all(said):
-        has = [key for key, value in row.items() if value not in (None, "", [])]
-        sys.exit(f"error: {where} has {has}: it needs prompt, completion, label, or a pair, all text or all chat")
+        has = [name for name in row if row[name] not in (None, "", [])]
+        sys.exit(f"error: {where} needs full prompt, completion and label, or a pair, text or chat; has {has}")
     return prompt, chosen, rejected
 
 
@@ -623,6 +624,8 @@ def make_examples(pairs: list[Pair]) -> list[Pair]:
         for answer, desirable in ((pair.chosen_ids, 1.0), (pair.rejected_ids, 0.0)):
             if answer:
                 examples.append(replace(pair, chosen_ids=answer, preference_prob=desirable))
+    desirable = sum([example.preference_prob == 1 for example in examples])
+    tqdm.write(f"{desirable} desirable and {len(examples) - desirable} undesirable examples")
     return examples
 
 
@@ -635,22 +638,6 @@ def add_others(examples: list[Pair], batches: list[list[int]], max_length: int) 
             room = max_length - len(examples[i].prompt_ids)
             complete.append(replace(examples[i], rejected_ids=examples[other].chosen_ids[:room]))
     return complete, new_batches
-
-
-def find_weights(args: Args, examples: list[Pair]) -> tuple[float, float]:
-    """Of desirable and of undesirable examples."""
-    desirable = sum(example.preference_prob == 1 for example in examples)
-    undesirable, weights = len(examples) - desirable, [args.desirable_weight, args.undesirable_weight]
-    if min(desirable, undesirable) == 0:
-        sys.exit(f"error: {desirable} examples are desirable and {undesirable} are not, and KTO needs both")
-    if weights == [None, None]:
-        weights = [max(1.0, undesirable / desirable), max(1.0, desirable / undesirable)]
-    elif weights[0] is None:
-        weights[0] = weights[1] * undesirable / desirable
-    elif weights[1] is None:
-        weights[1] = weights[0] * desirable / undesirable
-    tqdm.write(f"{desirable} desirable examples of weight {weights[0]:g}, {undesirable} undesirable of {weights[1]:g}")
-    return tuple(weights)
 
 
 def logratios_of(model: Any, examples: list[Pair], side: int) -> torch.Tensor:
@@ -696,8 +683,7 @@ def main(args: Args) -> None:
     # region method: procedure
     args = run.args
     train_pairs, test_pairs = load_pairs(run)
-    examples = make_examples(train_pairs)
-    weights = find_weights(args, examples)
+    examples, weights = make_examples(train_pairs), (args.desirable_weight, args.undesirable_weight)
     batches = [batch for batch in plan_batches(args, len(examples)) if len(batch) > 1]  # one alone has no other answer
     examples, batches = add_others(examples, batches, args.max_length)
     policy = load_model(run, args.model_name_or_path, trainable=True)
@@ -711,20 +697,20 @@ def main(args: Args) -> None:
     if done == 0:
         run.log(0, evaluate(run, policy, test_pairs, loss_of, step=0))
     for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):
-        some, kls, parts = [examples[i] for i in batches[step - 1]], [], []
-        groups = micro_batches([len(example) for example in some], args.micro_batch_tokens)
+        pairs, kls, parts = [examples[i] for i in batches[step - 1]], [], []
+        groups = micro_batches([len(pair) for pair in pairs], args.micro_batch_tokens)
         with torch.no_grad():  # z0 is of the whole step, before any of its losses
             for indices in groups:
-                kls.append({"kl": logratios_of(policy, [some[i] for i in indices], side=1)})
-        z0 = max(0.0, means_of("train", kls, len(some))["train/kl"])
+                kls.append({"kl": logratios_of(policy, [pairs[i] for i in indices], side=1)})
+        z0 = max(0.0, means_of("train", kls, len(pairs))["train/kl"])
         for indices in groups:
-            logratios = logratios_of(policy, [some[i] for i in indices], side=0)
-            desirable = torch.tensor([some[i].preference_prob for i in indices], device=DEVICE)
+            logratios = logratios_of(policy, [pairs[i] for i in indices], side=0)
+            desirable = torch.tensor([pairs[i].preference_prob for i in indices], device=DEVICE)
             losses, metrics = compute_loss(logratios, desirable, args.beta, z0, weights)
-            (losses.sum() * WORLD_SIZE / len(some)).backward()  # FSDP takes the mean over the devices
+            (losses.sum() * WORLD_SIZE / len(pairs)).backward()  # FSDP takes the mean over the devices
             parts.append({"loss": losses} | metrics)
-        metrics = means_of("train", parts, len(some)) | {"train/z0": z0}
-        metrics |= update(run, models, optimizer, learning_rates[step - 1])
+        metrics = means_of("train", parts, len(pairs)) | update(run, models, optimizer, learning_rates[step - 1])
+        metrics["train/z0"] = z0
         if step % args.eval_steps == 0 or step == last_step:
             metrics |= evaluate(run, policy, test_pairs, loss_of, step)
         run.log(step, metrics)

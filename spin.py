@@ -207,7 +207,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
         if longest <= run.args.max_length and chosen_ids != rejected_ids:
             pairs.append(Pair(count, prompt, columns, prompt_ids, chosen_ids, rejected_ids, prob))
         count += 1
-    tqdm.write(f"{split}: {len(pairs)} of {count} pairs; {count - len(pairs)} dropped: too long, or chosen = rejected")
+    tqdm.write(f"{split}: {len(pairs)} of {count} rows; {count - len(pairs)} dropped: too long, or chosen = rejected")
     return pairs
 
 

@@ -170,7 +170,7 @@ def few_desirable_run(weights: str, seed: int) -> str:
     return command("kto.py", weights, seed, "pairs" if weights == ALL else "few-desirable")
 
 
-ALL, BALANCED, UNWEIGHTED = "--beta 0.1", "--undesirable-weight 1", "--desirable-weight 1 --undesirable-weight 1"
+ALL, BALANCED, UNWEIGHTED = "--beta 0.1", "--desirable-weight 10", "--desirable-weight 1"
 
 
 def plan(runs: dict) -> list[str]:

@@ -84,7 +84,7 @@ An answer $`y`$ needs no partner: it is desirable or not, and a preference pair 
 reference, which is made from the answers $`y'`$ to other prompts (`add_others`) and passes no gradient. So a step goes
 over its micro-batches twice, first for $`z_0`$. The loss flattens on both sides: an answer that is far on the right
 side of $`z_0`$, or hopelessly far on the wrong one, has little pull. The weights $`w_D`$ and $`w_U`$ make up for
-unequal numbers of both kinds (`find_weights`).
+unequal numbers of both kinds.
 """,
     ),
     "pre_dpo": (

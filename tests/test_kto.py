@@ -1,4 +1,4 @@
-"""KTO: its loss and gradient in closed form, its examples, and its weights."""
+"""KTO: its loss and gradient in closed form, its examples, and its steps."""
 
 import math
 
@@ -49,23 +49,8 @@ def test_rows(form):
     ],
 )
 def test_bad_rows_end_the_run(row):
-    with pytest.raises(SystemExit, match="^error: row 0 of split train(: label is 'False'| has )"):
+    with pytest.raises(SystemExit, match="^error: row 0 of split train(: label is 'False'| needs )"):
         kto.encode_rows(start("kto", TOY / "policy"), [row], "train")
-
-
-GOOD, BAD = kto.make_examples([kto.Pair(0, "a", {}, [5], [6], [7], 1.0)])
-
-
-@pytest.mark.parametrize(
-    "flags, weights", [({}, (4, 1)), ({"undesirable_weight": 2.0}, (8, 2)), ({"desirable_weight": 1.0}, (1, 0.25))]
-)
-def test_weights_balance_the_totals(flags, weights):
-    assert kto.find_weights(kto.Args(**flags), [GOOD] * 2 + [BAD] * 8) == weights
-
-
-def test_examples_of_one_kind_end_the_run():
-    with pytest.raises(SystemExit, match="error: 3 examples are desirable and 0 are not"):
-        kto.find_weights(kto.Args(), [GOOD] * 3)
 
 
 def test_other_answers_are_those_of_the_example_before_within_the_step():
@@ -85,7 +70,7 @@ def test_steps_are_those_of_a_naive_loop(micro_batch_tokens, tiny_model, tmp_pat
         label = i % 2 == 1
         rows.append({"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label})
     flags = {"dataset_name": write_rows(tmp_path / "rows.jsonl", rows * 2), "batch_size": 5, "max_steps": 2}
-    flags |= {"lr_scheduler_type": "constant", "max_grad_norm": 1e9}
+    flags |= {"lr_scheduler_type": "constant", "max_grad_norm": 1e9, "desirable_weight": 2.0, "undesirable_weight": 0.5}
     flags |= {"learning_rate": 1e-2, "max_new_tokens": 2, "micro_batch_tokens": micro_batch_tokens, "beta": 0.5}
     kto.main(kto.Args(model_name_or_path=path, output_dir=str(tmp_path / "run"), **flags))
     logged = read_rows(tmp_path / "run" / "metrics.jsonl")[1:]
@@ -102,9 +87,9 @@ def test_steps_are_those_of_a_naive_loop(micro_batch_tokens, tiny_model, tmp_pat
                 found.append((naive_logps(model, prompt, answer) - ref_logps).sum())
         z0 = max(0.0, sum(ratio.item() for ratio in others) / len(batch))
         signs = [1 if examples[i].preference_prob == 1 else -1 for i in batch]
-        good = sum(example.preference_prob for example in examples)
-        weights = {1: max(1.0, (len(examples) - good) / good), -1: max(1.0, good / (len(examples) - good))}
-        losses = [weights[s] * (1 - torch.sigmoid(s * 0.5 * (r - z0))) for s, r in zip(signs, ratios, strict=True)]
+        losses = [
+            {1: 2.0, -1: 0.5}[s] * (1 - torch.sigmoid(s * 0.5 * (r - z0))) for s, r in zip(signs, ratios, strict=True)
+        ]
         loss = sum(losses) / len(batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
