@@ -652,7 +652,7 @@ def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[t
 
 
 def score_answers(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> list[float]:
-    """The rewards of the answers in rows (prompt, answer); pairs[i] has the prompt of rows[i]."""
+    """Rewards of the answers in rows (prompt, answer), to the prompts of pairs; each process has a share of them."""
     share = range(RANK, len(rows), WORLD_SIZE)
     texts = run.tokenizer.batch_decode([rows[i][1] for i in share], skip_special_tokens=True)
     rewards = judge(run, run.args.reward_name_or_path, [pairs[i] for i in share], texts, reward_model)
@@ -676,7 +676,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
     rows = respond(run, policy, [pair.prompt_ids for pair in pairs], seed)
     old_logps = find_logps(run, policy, rows)
     ref_logps = old_logps if reference is None else find_logps(run, reference, rows)
-    rewards = torch.tensor(score_answers(run, reward_model, pairs, rows), dtype=torch.float64)  # equal ones stay equal
+    rewards = torch.tensor(score_answers(run, reward_model, pairs, rows), dtype=torch.float64)
     scores = rewards.clone()
     if args.loss_type == "rloo":
         scores -= args.beta * torch.stack([(old - ref).sum() for old, ref in zip(old_logps, ref_logps, strict=True)])
@@ -689,7 +689,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
     metrics = {
         "train/reward": rewards.mean().item(),
         "train/reward_std": rewards.view(-1, size).std(1).mean().item(),
-        "train/equal_groups": (rewards.view(-1, size).std(1) == 0).float().mean().item(),
+        "train/equal_groups": (rewards.view(-1, size).amax(1) == rewards.view(-1, size).amin(1)).float().mean().item(),
         "train/entropy": -torch.cat(old_logps).mean().item(),  # per token, estimated by the samples
         "train/response_length": statistics.fmean([len(answer) for _, answer in rows]),
         "train/eos_rate": ended.mean().item(),
@@ -698,7 +698,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
 
 
 def loss_of_answers(run: Run, policy: Any, rollouts: list[Rollout], mean_length: float) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each answer, (B,), so that the loss of a step is the mean over its answers."""
+    """Loss and metrics of each answer, (B,): their mean over a step is its loss, and a mean over its tokens."""
     args, lengths = run.args, [len(rollout.answer_ids) for rollout in rollouts]
     logps = torch.cat(token_logps(policy, [(rollout.prompt_ids, rollout.answer_ids) for rollout in rollouts]))
     old_logps = torch.cat([rollout.old_logps for rollout in rollouts]).to(DEVICE)
@@ -759,7 +759,7 @@ def main(args: Args) -> None:
         rollouts, facts = sample_groups(run, policy, reference, reward_model, prompts, 1_000_003 * args.seed + step)
         mean_length = statistics.fmean([rollout.weight * len(rollout.answer_ids) for rollout in rollouts]) or 1.0
         lengths = [len(rollout.prompt_ids) + len(rollout.answer_ids) for rollout in rollouts]
-        for _ in range(args.num_iterations):
+        for _ in range(args.num_iterations):  # over all of the answers; the last one is logged
             parts = []
             for indices in micro_batches(lengths, args.micro_batch_tokens):
                 losses, metrics = loss_of_answers(run, policy, [rollouts[i] for i in indices], mean_length)

@@ -984,7 +984,8 @@ def main(args: Args) -> None:
     if reward_path and not reward_path.endswith(".py"):
         if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
             sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
-    open_folder(run, train_pairs + test_pairs)
+    reward_text = [Path(reward_path).read_text()] if reward_path and reward_path.endswith(".py") else []
+    open_folder(run, train_pairs + test_pairs + reward_text)
     sft_path, step = train_sft(run, train_pairs, test_pairs)
     if reward_path is None:
         reward_path, step = train_reward_model(run, sft_path, train_pairs, test_pairs, step)

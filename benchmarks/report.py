@@ -150,10 +150,10 @@ def claims(runs: dict) -> list[Claim]:
             [Comparison("judge's score, after training less before", small_annotator, improvement)],
         ),
         Claim(
-            "On deterministic preferences DPO's margin grows on, and IPO's does not",
+            "On deterministic preferences DPO's margin keeps growing, and IPO's does not",
             "128 pairs with the judge's own labels, twenty passes at a constant learning rate. DPO's loss has its "
-            "minimum at an infinite margin, IPO's at 1 / (2 beta) nats. Compared is how much the mean margin of the "
-            "training pairs grows from passes 6 to 10 to passes 16 to 20.",
+            "minimum at an infinite margin, IPO's at 1 / (2 beta) nats. What is compared is how much the mean margin "
+            "of the training pairs grows from passes 6 to 10 to passes 16 to 20.",
             [
                 Comparison(f"growth in nats at beta {beta}, DPO less IPO", margins(beta), less_growth)
                 for beta in compare.DETERMINISTIC_BETAS
@@ -355,8 +355,8 @@ There are {count} comparisons of five seeds each, one of which was retired: anno
 equally well. Runs of one seed answer the same prompts with the same random numbers,
 and their difference counts. The p-values (Student's t, two-sided) are corrected for the {count} comparisons (Holm). A
 comparison *holds* if p is below 0.05 and its mean above 0, *does not hold* if p is below 0.05 and its mean below 0, and
-is *open* otherwise. A claim holds if all its comparisons do, and does not hold if one does not. The verdicts are about
-this test bed: a policy of a million parameters, answers of 25 tokens, 2,560 pairs. Commands are those of seed 1.
+is *open* otherwise. A claim holds if all its comparisons do, and does not hold if one has that verdict. The verdicts
+are about this test bed: a policy of a million parameters, answers of 25 tokens, 2,560 pairs. Commands are of seed 1.
 
 {verdicts}
 ![margins, SPIN's iterations, lengths](claims.png)
@@ -369,7 +369,7 @@ Judge's score at the best learning rate (the tuning's runs, seed 0).
 {spin}
 ## KTO with few desirable examples
 
-At the script's defaults, three seeds. Nine of ten desirable examples were dropped; *balanced* weights the rest by ten.
+Three seeds. Nine of ten desirable examples were dropped; *balanced* weights the rest by ten.
 
 {kto}
 ## Tuning

@@ -1,8 +1,10 @@
 """benchmarks/sentiment: the stored labels, the data made from them, the planned runs, a place beside DPO's frontier."""
 
 import math
+import statistics
 import sys
 
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, load_script, read_rows
@@ -32,16 +34,30 @@ def test_labels_are_as_noisy_as_bradley_terry_says(tmp_path):
     assert prompts == [str(row["prompt"]) for row in read_rows(tmp_path / "thumbs" / "test.jsonl")]
 
 
-def test_plan_and_frontier():
+def test_commands_parse():
     for _, script, *flags in map(str.split, frontier.plan()):
         tyro.cli(load_script(script.removesuffix(".py")).Args, args=flags)
-    places = [
-        (4, 1),
-        (2, 1),
-        (3, 1),
-        (1, 0.7),
-        (9, 0.7),
-    ]  # the line through the first is 0.5 and 1 high at the last two
-    runs = [{"evals": [{"judge_score": 0.0}, {"kl": kl, "judge_score": reward}]} for kl, reward in places]
-    assert [frontier.above_dpo(*runs[:3], run) for run in runs[3:]] == pytest.approx([0.2, -0.3])
-    assert frontier.above_dpo(*runs) == pytest.approx(-0.05)
+
+
+def test_a_run_beside_a_course():
+    """The line through (KL, reward) (0, 0), (2, 1) and (4, 1) for a prompt, twice as high for the other."""
+
+    def course(*points: tuple[float, float]) -> dict:
+        places = [{"kl": kl, "each_judge_score": [height, 2 * height]} for kl, height in points]
+        return {"evals": [{"step": step} | place for step, place in enumerate(places)]}
+
+    line = course((0, 0), (4, 1), (2, 1))
+    assert frontier.above(line, course((0, 0), (1, 0.7))).tolist() == pytest.approx([0.2, 0.4])  # the line is at 0.5
+    assert frontier.below(line, course((0, 0), (9, 0.7))).tolist() == pytest.approx([0.3, 0.6])  # and here level, at 1
+    assert frontier.above(line, course((0, 0), (1, 0.7), (9, 0.7))).tolist() == pytest.approx([-0.05, -0.1])
+    assert frontier.above(line, course((0, 0), (1, 0.7), (9, 0.7)), first_step=2).tolist() == pytest.approx(
+        [-0.3, -0.6]
+    )
+
+
+def test_verdicts():
+    steady, noisy, low = np.array([0.1, 0.2, 0.3]), np.array([-1.0, 0.1, 1.2]), np.array([-0.1, -0.1, 0.1])
+    assert frontier.verdict([steady, steady]) == "holds" and frontier.verdict([-steady, -steady]) == "does not hold"
+    assert frontier.verdict([noisy, noisy]) == "open" and frontier.verdict([low, 9 + steady]) == "open"
+    values = statistics.NormalDist().inv_cdf(0.975) * statistics.stdev(noisy) / math.sqrt(3)
+    assert frontier.interval(noisy) == pytest.approx(values, rel=1e-4)

@@ -9,6 +9,7 @@ model, as soon as it is over; the next call goes on from there. `plan` has all r
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import make_data
@@ -34,17 +36,17 @@ HERE = Path(__file__).resolve().parent
 ROOT, RESULTS, RUNS = HERE.parent.parent, HERE / "results.json", "runs/sentiment"
 REWARD, PAIRS = "benchmarks/sentiment/reward.py", "benchmarks/sentiment/pairs"
 SEEDS = (1, 2)
-COMMON = "--lora-rank 16 --dtype bfloat16 --num-eval-prompts 64 --eval-steps 1000 --max-new-tokens 48 --max-length 128"
-COMMON += f" --judge-name-or-path {REWARD}"
-RATE = "--learning-rate 0.0005"
-STEPS = "--max-steps 16 --batch-size 16"
-HALVES = f"{RATE} --guide-learning-rate 0.0005 --guide-beta 0.1 --max-steps 8 --batch-size 16"  # of both stages
-SPIN = f"{RATE} --num-iterations 2 --prompts-per-iteration 128 --max-steps 8 --batch-size 16"  # of each iteration
-RATES = (0.0005, 0.0002, 0.001)  # in so few steps it is the rate, and not the price of a nat, that limits the KL
-GRPO = "--max-steps 16 --batch-size 32"
-PPO = "--sft-epochs 0 --max-steps 8 --rollouts-per-step 24 --ppo-epochs 2 --gae-lambda 1 --value-clip-range 10"
-TRUE = f"--reward-name-or-path {REWARD} --missing-eos-score 0.3"  # an answer that is cut off counts as an average one
-LEARNED = "--reward-learning-rate 0.0005 --batch-size 32 --missing-eos-score 0"  # of the pairs that DPO sees
+COMMON = "--learning-rate 0.0005 --lora-rank 16 --dtype bfloat16 --num-eval-prompts 64 --max-new-tokens 48"
+COMMON += f" --max-length 128 --judge-name-or-path {REWARD}"
+STEPS_16 = "--max-steps 16 --batch-size 16 --eval-steps 6"  # so evaluated after 6, 12 and 16 steps
+TWICE_8 = "--max-steps 8 --batch-size 16 --eval-steps 4"  # of each stage
+# A price of 0.1 for a nat in units of DPO's reward, whose pairs were drawn at SCALE 4, is 0.1 / 4 in those of the true
+# reward, and 0.067 in those of its standard deviation of 0.375 among the answers to a prompt, by which GRPO divides.
+GRPO = "--max-steps 12 --batch-size 32 --eval-steps 4 --mask-truncated-completions --beta 0.067"
+PPO = "--max-steps 8 --rollouts-per-step 24 --eval-steps 3 --sft-epochs 0 --ppo-epochs 2"
+PPO += " --gae-lambda 1 --value-clip-range 10"  # so that a new value model learns fast
+TRUE = f"--kl-coef 0.025 --reward-name-or-path {REWARD} --missing-eos-score 0.3"  # a cut answer is an average one
+LEARNED = "--kl-coef 0.1 --reward-learning-rate 0.0005 --batch-size 32 --missing-eos-score 0"  # of the pairs DPO sees
 
 
 @dataclass
@@ -58,53 +60,41 @@ class Args:
 @dataclass(frozen=True)
 class Method:
     title: str
-    script: str  # with flags that stay the same
-    strength: str  # flag of the strength
-    values: tuple[float, ...]  # of it, the default first
+    script: str  # with its flags
     data: str = PAIRS
+    first_step: int = 1  # evaluations before this step are not of this method
 
 
 METHODS = {
-    "dpo": Method("DPO", f"dpo.py {RATE} {STEPS}", "--beta", (0.1, 0.3, 1)),
-    "ipo": Method("IPO", f"ipo.py {RATE} {STEPS}", "--beta", (0.1, 0.03, 0.3)),
-    "simpo": Method(
-        "SimPO", f"simpo.py {STEPS}", "--learning-rate", (0.0005, 0.0002, 0.0001)
-    ),  # has no pull to a reference
-    "kto": Method("KTO", f"kto.py {RATE} --max-steps 16 --batch-size 32", "--beta", (0.1, 0.3, 1), f"{RUNS}/thumbs"),
-    "pre_dpo": Method("Pre-DPO", f"pre_dpo.py {HALVES}", "--beta", (0.1, 0.3, 1)),
-    "spin": Method("SPIN", f"spin.py {SPIN}", "--beta", (1, 0.3, 3)),
-    "oaif": Method("OAIF", f"oaif.py {RATE} {STEPS} --annotator-name-or-path {REWARD}", "--beta", (0.1, 0.3, 1)),
-    "grpo": Method("GRPO", f"grpo.py {GRPO} --reward-name-or-path {REWARD}", "--learning-rate", RATES),
-    # In units of the true reward, beta 0.1 of pairs drawn at SCALE 4 is a price of 0.1 / 4 for a nat.
-    "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE} --kl-coef 0.025", "--learning-rate", RATES),
-    "ppo_learned": Method(
-        "PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED} --kl-coef 0.1", "--learning-rate", RATES
+    "dpo": Method("DPO", f"dpo.py --beta 0.1 {STEPS_16}"),
+    "ipo": Method("IPO", f"ipo.py --beta 0.1 {STEPS_16}"),
+    "simpo": Method("SimPO", f"simpo.py {STEPS_16}"),
+    "kto": Method("KTO", "kto.py --beta 0.1 --max-steps 16 --batch-size 32 --eval-steps 6", f"{RUNS}/thumbs"),
+    "pre_dpo": Method(
+        "Pre-DPO", f"pre_dpo.py --beta 0.1 --guide-beta 0.1 --guide-learning-rate 0.0005 {TWICE_8}", first_step=9
     ),
+    "spin": Method("SPIN", f"spin.py --beta 1 --num-iterations 2 --prompts-per-iteration 128 {TWICE_8}"),
+    "oaif": Method("OAIF", f"oaif.py --beta 0.1 {STEPS_16} --annotator-name-or-path {REWARD}"),
+    "grpo": Method("GRPO", f"grpo.py {GRPO} --reward-name-or-path {REWARD}"),
+    "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE}"),
+    "ppo_learned": Method("PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED}"),
 }
 NOISE = {}
 for percent in make_data.FLIPPED:
-    script, data = f"dpo.py {RATE} {STEPS}", f"{RUNS}/flipped-{percent}"
-    NOISE[f"dpo_{percent}"] = Method(f"DPO, {percent} % flipped", script, "--beta", (0.1,), data)
+    script, data = "dpo.py --beta 0.1 --max-steps 16 --batch-size 16 --eval-steps 1000", f"{RUNS}/flipped-{percent}"
+    NOISE[f"dpo_{percent}"] = Method(f"DPO, {percent} % flipped", script, data)
     if percent > 0:
         script += f" --label-smoothing {percent / 100:g}"
-        NOISE[f"cdpo_{percent}"] = Method(f"conservative DPO, {percent} % flipped", script, "--beta", (0.1,), data)
+        NOISE[f"cdpo_{percent}"] = Method(f"conservative DPO, {percent} % flipped", script, data)
 
 
-def command(name: str, seed: int, strength: float | None = None) -> str:
-    """A run with a strength, or else with the default one."""
+def command(name: str, seed: int) -> str:
     method = (METHODS | NOISE)[name]
-    strength = method.values[0] if strength is None else strength
-    return f"python {method.script} {method.strength} {strength:g} --dataset-name {method.data} {COMMON} --seed {seed}"
+    return f"python {method.script} --dataset-name {method.data} {COMMON} --seed {seed}"
 
 
 def plan() -> list[str]:
-    """All runs: default strengths, then noisy labels, then other strengths; of each, the first seed comes first."""
-    planned = [command(name, seed) for seed in SEEDS for name in METHODS]
-    planned += [command(name, seed) for seed in SEEDS for name in NOISE]
-    for seed in SEEDS:
-        for name, method in METHODS.items():
-            planned += [command(name, seed, strength) for strength in method.values[1:]]
-    return planned
+    return [command(name, seed) for methods in (METHODS, NOISE) for seed in SEEDS for name in methods]
 
 
 # === Running ===
@@ -123,11 +113,16 @@ def execute(words: str, model: str) -> dict:
     if process.returncode != 0:
         raise RuntimeError(f"{words}\nfailed:\n{log.read_text()[-2000:]}")
     record = {"cpu_seconds": round(usage.ru_utime + usage.ru_stime), "evals": []}
-    for row in [json.loads(line) for line in (folder / "metrics.jsonl").open()]:
-        numbers = {key.removeprefix("eval/"): float(f"{row[key]:.6g}") for key in row if key.startswith("eval/")}
-        record["evals"] += [{"step": row["step"]} | numbers] if numbers else []
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
-    record["response"] = [row["response"] for row in samples if row["step"] == samples[-1]["step"]][0]
+    for row in [json.loads(line) for line in (folder / "metrics.jsonl").open()]:
+        if "eval/kl" in row:
+            numbers = {key.removeprefix("eval/"): float(f"{row[key]:.6g}") for key in row if key.startswith("eval/")}
+            answers = [sample for sample in samples if sample["step"] == row["step"]]
+            numbers |= {
+                f"each_{name}": [answer[name] for answer in answers] for name in ("judge_score", "response_length")
+            }
+            record["evals"].append({"step": row["step"]} | numbers)
+    record["response"] = answers[0]["response"]
     shutil.rmtree(folder)
     log.unlink()
     return record
@@ -156,58 +151,57 @@ def run_all(runs: dict, todo: list[str], args: Args) -> None:
 class Question:
     text: str  # the claim, as a difference that is positive where it holds
     commands: Callable[[int], list[str]]  # of a seed
-    difference: Callable  # of the records of these runs
-    least: float = 0.1  # that the mean over the seeds must have
+    difference: Callable  # of the records of these runs: an array with a value for each test prompt
 
 
 def final(record: dict, metric: str = "judge_score") -> float:
     return record["evals"][-1][metric]
 
 
-def less(first: dict, second: dict) -> float:
-    return final(first) - final(second)
+def lead(first: dict, second: dict) -> np.ndarray:
+    return np.subtract(final(first, "each_judge_score"), final(second, "each_judge_score"))
 
 
-def shorter(first: dict, second: dict) -> float:
-    return final(second, "response_length") - final(first, "response_length")
+def above(line: dict, run: dict, metric: str = "judge_score", first_step: int = 1) -> np.ndarray:
+    """What a run has above the course of another, the line from the initial model through its evaluations.
+
+    The line gives a value for each KL. The run is compared with it at each of its own evaluations, whose mean it is;
+    beyond the line's end it is level."""
+    points = sorted(line["evals"], key=lambda point: point["kl"])
+    kls, heights = [point["kl"] for point in points], np.array([point[f"each_{metric}"] for point in points])
+    differences = []
+    for point in [point for point in run["evals"] if point["step"] >= first_step]:
+        at_its_kl = [np.interp(point["kl"], kls, of_prompt) for of_prompt in heights.T]
+        differences.append(np.subtract(point[f"each_{metric}"], at_its_kl))
+    return np.mean(differences, axis=0)
 
 
-def above_dpo(*records: dict) -> float:
-    """Reward of the runs after the first three, above the line from the initial model through these, DPO's; a mean."""
-    dpo, runs = records[:3], records[3:]
-    points = sorted([(0.0, dpo[0]["evals"][0]["judge_score"])] + [(final(row, "kl"), final(row)) for row in dpo])
-    kls, rewards = zip(*points, strict=True)
-    return statistics.fmean([final(run) - float(np.interp(final(run, "kl"), kls, rewards)) for run in runs])
-
-
-def below_dpo(*records: dict) -> float:
-    return -above_dpo(*records)
+def below(line: dict, run: dict, metric: str = "judge_score") -> np.ndarray:
+    return -above(line, run, metric)
 
 
 def pair(first: str, second: str) -> Callable[[int], list[str]]:
     return lambda seed: [command(first, seed), command(second, seed)]
 
 
-def beside_dpo(name: str) -> Callable[[int], list[str]]:
-    return lambda seed: [command(which, seed, value) for which in ("dpo", name) for value in METHODS[which].values]
-
-
+fewer_tokens = partial(below, metric="response_length")
+above_as_stage_2 = partial(above, first_step=METHODS["pre_dpo"].first_step)
 QUESTIONS = [
-    Question("DPO's frontier is above PPO with the learned reward", beside_dpo("ppo_learned"), below_dpo),
-    Question("DPO's frontier is above PPO with the true reward", beside_dpo("ppo_true"), below_dpo),
-    Question("OAIF has more reward than DPO on pairs without noise", pair("oaif", "dpo_0"), less),
-    Question("Pre-DPO is above DPO's frontier", beside_dpo("pre_dpo"), above_dpo),
-    Question("SimPO's answers are shorter than DPO's (tokens)", pair("simpo", "dpo"), shorter, least=2),
-    Question("IPO is above DPO's frontier", beside_dpo("ipo"), above_dpo),
-    Question("GRPO has more reward than PPO with the true reward", pair("grpo", "ppo_true"), less),
-    Question("10 % flipped: conservative DPO has more reward than DPO", pair("cdpo_10", "dpo_10"), less),
-    Question("30 % flipped: conservative DPO has more reward than DPO", pair("cdpo_30", "dpo_30"), less),
+    Question("DPO's frontier is above PPO with the learned reward", pair("dpo", "ppo_learned"), below),
+    Question("DPO's frontier is above PPO with the true reward", pair("dpo", "ppo_true"), below),
+    Question("OAIF has more reward than DPO on pairs without noise", pair("oaif", "dpo_0"), lead),
+    Question("Pre-DPO is above DPO's frontier", pair("dpo", "pre_dpo"), above_as_stage_2),
+    Question("SimPO's answers are shorter than DPO's (tokens)", pair("dpo", "simpo"), fewer_tokens),
+    Question("IPO is above DPO's frontier", pair("dpo", "ipo"), above),
+    Question("GRPO is above PPO's frontier, both with the true reward", pair("ppo_true", "grpo"), above),
+    Question("10 % flipped: conservative DPO has more reward than DPO", pair("cdpo_10", "dpo_10"), lead),
+    Question("30 % flipped: conservative DPO has more reward than DPO", pair("cdpo_30", "dpo_30"), lead),
 ]
 
 
 TABLES = """
 {}
-A value for each seed:
+A mean for each seed; of both, with half its 95 % interval over 128 differences, each on one prompt:
 
 {}
 What a policy of the first seed answers to the first test prompt:
@@ -217,11 +211,17 @@ What a policy of the first seed answers to the first test prompt:
 """
 
 
-def verdict(values: list[float], least: float) -> str:
-    if max(values) < 0 or min(values) > 0:
-        mean = statistics.fmean(values)
-        return "holds" if mean > least else "does not hold" if mean < -least else "open"
-    return "open"
+def interval(values: np.ndarray) -> float:
+    """Half the 95 % interval of the mean."""
+    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def verdict(differences: list[np.ndarray]) -> str:
+    """Of the differences of each seed: all of one sign, and 0 outside of the interval."""
+    means, together = [values.mean() for values in differences], np.concatenate(differences)
+    if abs(together.mean()) <= interval(together) or min(means) < 0 < max(means):
+        return "open"
+    return "holds" if together.mean() > 0 else "does not hold"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -229,48 +229,52 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def write_tables(runs: dict) -> str:
-    """Verdicts, numbers, and an answer of each method, as far as there are runs; a value for each seed."""
+    """Verdicts, numbers, and an answer of each method, as far as there are runs."""
     verdicts, numbers, answers = [], [], []
     for question in QUESTIONS:
-        values = []
+        differences = []
         for words in [question.commands(seed) for seed in SEEDS]:
-            values += [question.difference(*[runs[word] for word in words])] if set(words) <= set(runs) else []
-        shown = [f"{value:+.2f}" for value in values] + ["missing"] * (len(SEEDS) - len(values))
-        said = verdict(values, question.least) if len(values) == len(SEEDS) else "missing"
-        verdicts.append([question.text, *shown, f"**{said}**"])
+            differences += [question.difference(*[runs[word] for word in words])] if set(words) <= set(runs) else []
+        shown = [f"{values.mean():+.2f}" for values in differences] + ["missing"] * (len(SEEDS) - len(differences))
+        if len(differences) == len(SEEDS):
+            together = np.concatenate(differences)
+            shown += [f"{together.mean():+.2f} ± {interval(together):.2f}", f"**{verdict(differences)}**"]
+        else:
+            shown += ["missing", "missing"]
+        verdicts.append([question.text, *shown])
     for name, method in (METHODS | NOISE).items():
-        for value in sorted(method.values):
-            records = [runs.get(command(name, seed, value)) for seed in SEEDS]
-            cells = [method.title, f"{method.strength.removeprefix('--')} {value:g}"]
-            for metric, digits in {"judge_score": 2, "kl": 1, "response_length": 1, "eos_rate": 2}.items():
-                cells.append(", ".join([f"{final(row, metric):.{digits}f}" if row else "missing" for row in records]))
-            numbers.append([*cells, ", ".join([str(row["cpu_seconds"]) if row else "missing" for row in records])])
-        if command(name, SEEDS[0]) in runs:
-            answers.append(f"- {method.title}: {' '.join(runs[command(name, SEEDS[0])]['response'].split())}\n")
-    seeds = [f"seed {seed}" for seed in SEEDS]
-    heads = ["method", "strength", "true reward", "KL", "tokens", "ended", "CPU seconds"]
-    return TABLES.format(table(["claim", *seeds, "verdict"], verdicts), table(heads, numbers), "".join(answers))
+        records = [runs[words] for words in [command(name, seed) for seed in SEEDS] if words in runs]
+        steps = [point["step"] for point in records[0]["evals"]] if records else []
+        for number, step in enumerate(steps):
+            if step >= method.first_step:
+                cells = [method.title if step == steps[-1] else "", str(step)]
+                for metric, digits in {"judge_score": 2, "kl": 1, "response_length": 1, "eos_rate": 2}.items():
+                    cells.append(", ".join([f"{record['evals'][number][metric]:.{digits}f}" for record in records]))
+                seconds = ", ".join([str(record["cpu_seconds"]) for record in records])
+                numbers.append([*cells, seconds if step == steps[-1] else ""])
+        answers += [f"- {method.title}: {' '.join(records[0]['response'].split())}\n"] if records else []
+    heads = ["claim", *[f"seed {seed}" for seed in SEEDS], "both", "verdict"]
+    columns = ["method", "step", "true reward", "KL", "tokens", "ended", "CPU seconds"]
+    return TABLES.format(table(heads, verdicts), table(columns, numbers), "".join(answers))
 
 
 def draw(runs: dict) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for number, (name, method) in enumerate(METHODS.items()):
-        line = []
-        for value in method.values:
-            records = [runs[words] for words in [command(name, seed, value) for seed in SEEDS] if words in runs]
-            points = [(final(row, "kl"), final(row)) for row in records]
-            axes.plot(*np.array(points).reshape(-1, 2).T, ".", color=f"C{number}", alpha=0.5)
-            line += [np.mean(points, axis=0)] if points else []
-        if line:
-            values = ", ".join([f"{value:g}" for value in sorted(method.values)])
-            label = f"{method.title} ({method.strength.removeprefix('--')} {values})"
-            axes.plot(*np.array(sorted(line, key=lambda point: point[0])).T, "o-", color=f"C{number}", label=label)
+        courses = []
+        for words in [command(name, seed) for seed in SEEDS]:
+            if words in runs:
+                points = [point for point in runs[words]["evals"] if point["step"] >= method.first_step]
+                courses.append([(point["kl"], point["judge_score"]) for point in points])
+                axes.plot(*np.array(courses[-1]).T, ".", color=f"C{number}", alpha=0.5)
+        if courses:
+            axes.plot(*np.mean(courses, axis=0).T, "o-", color=f"C{number}", label=method.title)
     rewards = [record["evals"][0]["judge_score"] for record in runs.values()]
     axes.plot(0, statistics.fmean(rewards), "k*", markersize=12, label="initial model")
     axes.set(xlabel="KL to the initial model (nats a response)", ylabel="true reward: VADER's compound score, -1 to 1")
     axes.set_title(
-        "Controlled sentiment with SmolLM2-135M-Instruct: reward for KL\nsmall dots: runs of one seed, a mean of "
-        "64 answers each; circles: means over seeds",
+        "Controlled sentiment with SmolLM2-135M-Instruct: reward for KL, three times on the way of a training\n"
+        "small dots: one seed, a mean of 64 answers each; lines: means of two seeds",
         fontsize=10,
     )
     axes.grid(alpha=0.3)
