@@ -71,7 +71,7 @@ class Args:
     label_smoothing: float = 0.0  # assumed share of flipped labels, in both stages
     learning_rate: float | None = None  # None = 6e-7 as in the authors' code (6e-6 with LoRA), 3e-4 on the test bed
     guide: Literal["dpo", "simpo"] = "dpo"  # loss that trains the guide
-    guide_learning_rate: float | None = None  # None = as learning_rate
+    guide_learning_rate: float | None = None  # None = the default of learning_rate
     guide_beta: float | None = None  # of a DPO guide; None = 0.01, 0.1 on the test bed
     guide_simpo_beta: float = 2.5  # of a SimPO guide, as is the next
     guide_simpo_gamma_beta_ratio: float = 0.48  # margin gamma, divided by beta
