@@ -32,7 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -87,7 +87,7 @@ class Args:
     max_steps: int | None = None  # most optimiser steps; 0 = only evaluate
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # constant: no warm-up, no decay
     warmup_ratio: float = 0.1  # share of the steps over which the learning rate rises
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 = they are not
     # --- evaluation ---
     eval_steps: int = 50  # steps between evaluations; the first and the last step are always evaluated
     num_eval_prompts: int = 256  # test pairs to evaluate on, and prompts to answer; 0 = all pairs, but no answers
@@ -150,7 +150,7 @@ class Pair:
     row: int  # its number in the data
     prompt: str | list[dict]  # as read: a judge has its own chat template
     columns: dict[str, Any]  # the row's other fields, for a judge
-    prompt_ids: list[int]
+    prompt_ids: list[int] = field(repr=False)  # so not in the hash of the data: some templates write the date
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference_prob: float
@@ -187,9 +187,9 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
         where = f"row {count} of split {split}"
         prompt, *sides = split_row(row, where)
         texts = render(run.tokenizer, prompt, *[side for side in sides if side])
-        # Each text by itself, as in generation: tokens of the whole could reach across the end of the prompt.
+        # Each by itself, as in generation; the EOS, ids[0], keeps SentencePiece from putting a space before an answer.
         prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids
-        answers = [cut_answer(ids + run.stop_ids[:1], run.stop_ids) for ids in answers]
+        answers = [cut_answer(ids[1:] + run.stop_ids[:1], run.stop_ids) for ids in answers]
         chosen_ids, rejected_ids = [answers.pop(0) if side else [] for side in sides]
         columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
         longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
@@ -223,15 +223,15 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
 
 # endregion
 def render(tokenizer: Any, prompt: str | list[dict], *answers: str | list[dict]) -> list[str]:
-    """Texts of a prompt and of its answers: messages by the chat template, strings after the tokenizer's BOS."""
+    """A prompt and its answers, each of these after an EOS: messages by the chat template, strings after a BOS."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
-        return [bos + prompt.removeprefix(bos), *answers]
+        return [bos + prompt.removeprefix(bos), *(tokenizer.eos_token + answer for answer in answers)]
     head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     texts = [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
     if not all(text.startswith(head) for text in texts):
         sys.exit("error: the tokenizer's chat template renders a prompt otherwise once it is answered")
-    return [head, *(text.removeprefix(head) for text in texts)]
+    return [head, *(tokenizer.eos_token + text.removeprefix(head) for text in texts)]
 
 
 def cut_answer(ids: list[int], stop_ids: list[int]) -> list[int]:
@@ -271,7 +271,7 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         own_logps = torch.cat(token_logps(model, rows)).detach()
         model.set_attn_implementation("packed")
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
-        if not error < (1e-3 if dtype == torch.float32 else 0.1):  # as where logits are scaled or capped
+        if not error < (1e-3 if dtype == torch.float32 else 0.05 * own_logps.abs().max()):  # as with capped logits
             model.set_attn_implementation(own_attention)
             if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
                 sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
@@ -419,7 +419,7 @@ def update(run: Run, models: dict, optimizer: torch.optim.Optimizer, learning_ra
     """Clip the gradients of each model and take AdamW's step; gives what is to be logged of it."""
     metrics = {"train/learning_rate": learning_rate}
     for name, model in models.items():
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm or math.inf).item()
         if not math.isfinite(norm):
             sys.exit(f"error: the gradient of the {name} is not finite; nothing was updated")
         metrics["train/grad_norm" if name == "policy" else f"train/{name}_grad_norm"] = norm
@@ -441,7 +441,7 @@ def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dic
 
 def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
     """A response to each prompt, in token ids; call it inside of inference(). Processes do not share the prompts."""
-    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "temperature": temperature}
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "num_beams": 1}
     limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
@@ -449,7 +449,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
         width = max([len(prompts[i]) for i in group])  # padding, on the left, is -1 at first
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
-        output = model.within_forward(partial(model.generate, **inputs, **settings, **limits))
+        output = model.within_forward(partial(model.generate, **inputs, **settings, **limits, temperature=temperature))
         for i, answer in zip(group, output[:, width:].tolist(), strict=True):
             answers[i] = cut_answer(answer, run.stop_ids)
     return [answers[i] for i in range(len(prompts))]
@@ -567,11 +567,11 @@ def start_run(args: Args) -> Run:
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several
         stop_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
     toy = getattr(config, "cleanpo_toy", False)
-    name = [f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"]
-    dist.broadcast_object_list(name)
+    first = [{"output_dir": f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"}]
+    first[0]["micro_batch_tokens"] = min(32_768, torch.cuda.mem_get_info()[1] // 2_500_000) if CUDA else 1024
+    dist.broadcast_object_list(first)  # all processes have those of the first one
     settled = {flag: values[2 if toy else args.lora_rank > 0] for flag, values in args.DEFAULTS.items()}
-    settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None, "output_dir": name[0]}
-    settled["micro_batch_tokens"] = min(32_768, torch.cuda.mem_get_info()[1] // 2_500_000) if CUDA else 1024
+    settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None} | first[0]
     settled = {flag: value for flag, value in settled.items() if getattr(args, flag) is None}
     tqdm.write(", ".join([f"{flag} {value}" for flag, value in settled.items()]))
     args = replace(args, **settled)
@@ -588,7 +588,7 @@ def open_folder(run: Run, pairs: list[Pair]) -> None:
     if stored and (not run.args.resume or (run.folder / "model").exists()):
         sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
     if stored and stored != record:
-        changed = [name for name, value in args.items() if stored["args"][name] != value] or ["data or torch"]
+        changed = [name for name, value in args.items() if stored["args"][name] != value] or ["data, devices or torch"]
         sys.exit(f"error: {', '.join(changed)} changed since the run in {run.folder} began")
     mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
     wandb.init(id=run_id, name=run_id, resume="allow" if stored else "never", config=record, mode=mode)

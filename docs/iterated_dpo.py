@@ -36,7 +36,7 @@ def make_pairs(run: dpo.Run, policy: dpo.Any, pairs: list[dpo.Pair], count: int,
         if scores[ranked[-1]] > scores[ranked[0]] and all(answers.values()):
             if isinstance(prompt, list):
                 answers = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
-            rows.append(pairs[start].columns | {"prompt": prompt} | answers)
+            rows.append(pairs[start].columns | {"prompt": prompt, "preference_prob": 1.0} | answers)
     return rows
 
 

@@ -1,10 +1,12 @@
 """From rows to pairs of token ids, and from pairs to the batches of each step and device."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TOY, chat, load_script, start
+from transformers import LlamaTokenizer
 
 dpo = load_script("dpo")
 
@@ -27,6 +29,28 @@ def test_forms(form):
     else:
         assert texts == ["<|user|>a<|assistant|>", "b<|end|>", "c<|end|>"] and pair.prompt == chat("a")
     assert pair.preference_prob == 0.7
+
+
+def test_sentencepiece_puts_no_space_before_an_answer():
+    """Prompt and answer are the tokens of the whole; of an answer alone the first would be that of a word inside."""
+    names, merges = ["<unk>", "<s>", "</s>", "\n", *"▁Hiok", "Hi", "▁Hi", "ok", "▁ok"], ["H i", "▁ Hi", "o k", "▁ ok"]
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=[tuple(merge.split()) for merge in merges])
+    run = replace(start("dpo", TOY / "policy"), tokenizer=tokenizer, stop_ids=[2])
+    (pair,) = dpo.encode_rows(run, [{"prompt": "ok\n", "chosen": "Hi", "rejected": "ok"}], "train")
+    whole = tokenizer("ok\nHi</s>", add_special_tokens=False).input_ids
+    assert pair.prompt_ids + pair.chosen_ids == whole
+    assert tokenizer("Hi</s>", add_special_tokens=False).input_ids != pair.chosen_ids
+
+
+def test_a_template_may_write_the_date():
+    """So that the prompts of a resumed run are others: --resume looks at the repr of its pairs."""
+    run, pairs = start("dpo", TOY / "policy"), []
+    template = run.tokenizer.chat_template
+    for day in ("Monday", "Tuesday"):
+        run.tokenizer.chat_template = day + template
+        pairs.append(dpo.encode_rows(run, [FORMS["messages"]], "train"))
+    assert pairs[0] != pairs[1] and repr(pairs[0]) == repr(pairs[1])
 
 
 BAD_ROWS = {

@@ -233,7 +233,7 @@ def test_a_changed_reward_is_refused_on_resuming(data, tmp_path):
     run_with("[0.5 for _ in prompts]", data, tmp_path, max_steps=0)
     (tmp_path / "run/model").rename(tmp_path / "model")  # as if it had been killed
     leave_group()
-    with pytest.raises(SystemExit, match="error: data or torch changed"):
+    with pytest.raises(SystemExit, match="error: data, devices or torch changed"):
         run_with("[0.6 for _ in prompts]", data, tmp_path, max_steps=0, resume=True)
 
 

@@ -169,6 +169,15 @@ def test_pairs(tmp_path, monkeypatch):
             assert getattr(made, field) == getattr(read, field)
 
 
+def test_a_tie_teaches_nothing(tmp_path, monkeypatch):
+    run = start("oaif", TOY / "policy", output_dir=str(tmp_path))
+    truths = oaif.encode_rows(run, read_rows(TOY / "train.jsonl")[:1], "train")
+    monkeypatch.setattr(oaif, "generate", lambda *_: [[5, 0], [6, 0]])
+    monkeypatch.setattr(oaif, "annotate", lambda *_: torch.tensor([[0.5], [0.5]]))
+    ((pair,), _) = oaif.make_pairs(run, torch.nn.Identity(), None, truths, 3)
+    assert pair.chosen_ids == pair.rejected_ids and read_rows(tmp_path / "annotated.jsonl") == []
+
+
 FLAGS = {"batch_size": 10, "num_train_epochs": 2, "max_new_tokens": 12, "num_eval_prompts": 4, "learning_rate": 3e-3}
 
 

@@ -242,7 +242,7 @@ def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
         dpo.main(dpo.Args(**flags | {"max_steps": 2}, beta=0.2, resume=True))
     leave_group()
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
-    with pytest.raises(SystemExit, match="error: data or torch changed since the run"):
+    with pytest.raises(SystemExit, match="error: data, devices or torch changed since the run"):
         dpo.main(dpo.Args(**flags, resume=True))
 
 
