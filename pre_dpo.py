@@ -55,8 +55,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# All scripts are alike outside of `# region method` ... `# endregion`: read those and main first. In the loop with a call
-# of `.backward()`, micro_batches cuts a step, forward (of pairs) or token_logps is the pass, compute_loss the method.
+# All scripts are alike outside of `# region method` ... `# endregion`: read those and main first. In a training loop
+# micro_batches cuts a step, forward (of pairs) or token_logps is the pass, compute_loss the method; then .backward().
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
