@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import make_data
 import matplotlib
@@ -77,7 +78,7 @@ METHODS = {
     "oaif": Method("OAIF", f"oaif.py --beta 0.1 {STEPS_16} --annotator-name-or-path {REWARD}"),
     "grpo": Method("GRPO", f"grpo.py {GRPO} --reward-name-or-path {REWARD}"),
     "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE}"),
-    "ppo_learned": Method("PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED}"),
+    "ppo_learned": Method("PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED}", first_step=10),  # 8 are stage 2's
 }
 NOISE = {}
 for percent in make_data.FLIPPED:
@@ -176,8 +177,8 @@ def above(line: dict, run: dict, metric: str = "judge_score", first_step: int = 
     return np.mean(differences, axis=0)
 
 
-def below(line: dict, run: dict, metric: str = "judge_score") -> np.ndarray:
-    return -above(line, run, metric)
+def below(*records: dict, **options: Any) -> np.ndarray:
+    return -above(*records, **options)
 
 
 def pair(first: str, second: str) -> Callable[[int], list[str]]:
@@ -185,12 +186,13 @@ def pair(first: str, second: str) -> Callable[[int], list[str]]:
 
 
 fewer_tokens = partial(below, metric="response_length")
-above_as_stage_2 = partial(above, first_step=METHODS["pre_dpo"].first_step)
+above_in_stage_2 = partial(above, first_step=METHODS["pre_dpo"].first_step)
+below_in_stage_3 = partial(below, first_step=METHODS["ppo_learned"].first_step)
 QUESTIONS = [
-    Question("DPO's frontier is above PPO with the learned reward", pair("dpo", "ppo_learned"), below),
+    Question("DPO's frontier is above PPO with the learned reward", pair("dpo", "ppo_learned"), below_in_stage_3),
     Question("DPO's frontier is above PPO with the true reward", pair("dpo", "ppo_true"), below),
     Question("OAIF has more reward than DPO on pairs without noise", pair("oaif", "dpo_0"), lead),
-    Question("Pre-DPO is above DPO's frontier", pair("dpo", "pre_dpo"), above_as_stage_2),
+    Question("Pre-DPO is above DPO's frontier", pair("dpo", "pre_dpo"), above_in_stage_2),
     Question("SimPO's answers are shorter than DPO's (tokens)", pair("dpo", "simpo"), fewer_tokens),
     Question("IPO is above DPO's frontier", pair("dpo", "ipo"), above),
     Question("GRPO is above PPO's frontier, both with the true reward", pair("ppo_true", "grpo"), above),
@@ -201,7 +203,7 @@ QUESTIONS = [
 
 TABLES = """
 {}
-A mean for each seed; of both, with half its 95 % interval over 128 differences, each on one prompt:
+A mean for each seed; of both, with half its 95 % interval over the prompts:
 
 {}
 What a policy of the first seed answers to the first test prompt:
@@ -217,8 +219,8 @@ def interval(values: np.ndarray) -> float:
 
 
 def verdict(differences: list[np.ndarray]) -> str:
-    """Of the differences of each seed: all of one sign, and 0 outside of the interval."""
-    means, together = [values.mean() for values in differences], np.concatenate(differences)
+    """Of the differences of each seed: all of one sign, and 0 outside of the interval, which is over the prompts."""
+    means, together = [values.mean() for values in differences], np.mean(differences, axis=0)
     if abs(together.mean()) <= interval(together) or min(means) < 0 < max(means):
         return "open"
     return "holds" if together.mean() > 0 else "does not hold"
@@ -237,7 +239,7 @@ def write_tables(runs: dict) -> str:
             differences += [question.difference(*[runs[word] for word in words])] if set(words) <= set(runs) else []
         shown = [f"{values.mean():+.2f}" for values in differences] + ["missing"] * (len(SEEDS) - len(differences))
         if len(differences) == len(SEEDS):
-            together = np.concatenate(differences)
+            together = np.mean(differences, axis=0)
             shown += [f"{together.mean():+.2f} ± {interval(together):.2f}", f"**{verdict(differences)}**"]
         else:
             shown += ["missing", "missing"]
