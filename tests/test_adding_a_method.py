@@ -14,7 +14,7 @@ from test_contract import split_regions
 def orpo(tmp_path_factory):
     dpo, script = ROOT / "dpo.py", tmp_path_factory.mktemp("patched") / "orpo.py"
     shutil.copy(dpo, script)
-    subprocess.run(["patch", script, ROOT / "docs/orpo.patch"], check=True)
+    subprocess.run(["patch", "--fuzz=0", script, ROOT / "docs/orpo.patch"], check=True)
     outside, outside_of_dpo = [split_regions(path.read_text().splitlines())[1] for path in (script, dpo)]
     assert outside == outside_of_dpo
     return load_script(str(script.with_suffix("")))

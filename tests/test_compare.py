@@ -50,9 +50,9 @@ def test_strengths_in_the_middle_are_the_defaults():
     for name, method in compare.METHODS.items():
         args = load_script("rlhf_ppo" if name == "ppo" else name).Args()
         default = getattr(args, method.strength.removeprefix("--").replace("-", "_"))
-        if default is None and name != "oaif":
-            default = args.DEFAULTS["beta"][2]
-        assert method.values[1] in (default, 0.1) or default == [method.values[1]]
+        if default is None:
+            default = {"ipo": args.DEFAULTS.get("beta", (None,))[-1], "spin": 1.0, "oaif": 0.1}[name]
+        assert method.values[1] == default
 
 
 def test_data(tmp_path, monkeypatch):

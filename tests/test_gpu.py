@@ -1,5 +1,6 @@
 """Runs on a GPU, where there is one: the other tests hide it."""
 
+import json
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ def test_a_run(name, data, tmp_path):
 def test_lora_with_checkpointing(data, tmp_path):
     flags = ["--lora-rank", "4", "--gradient-checkpointing"]
     finish("dpo", tmp_path / "run", *flags_of("dpo", data), *flags, gpu="0")
+    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["dtype"] == "bfloat16"  # so it saw the GPU
     check_mixed_precision("dpo", read_rows(tmp_path / "run" / "metrics.jsonl"))
 
 

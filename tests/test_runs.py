@@ -18,7 +18,9 @@ from conftest import (
     WORD_COUNT,
     finish,
     leave_group,
+    load_plain,
     load_script,
+    naive_logps,
     read_rows,
     run_script,
     start,
@@ -325,13 +327,48 @@ def test_no_evaluation_on_samples(data, tmp_path):
     assert not (folder / "samples.jsonl").exists()
 
 
+def test_learning_rates():
+    """Up in a tenth of the steps, down in the others, and never 0: of 20 steps two are for warming up."""
+    model, falls = torch.nn.Linear(1, 1), {"linear": lambda share: 1 - share, "constant": lambda share: 1}
+    falls["cosine"] = lambda share: (1 + math.cos(math.pi * share)) / 2
+    for kind, fall in falls.items():
+        run = start("dpo", TOY / "policy", lr_scheduler_type=kind)
+        _, rates, _ = load_script("dpo").start_training(run, {"policy": model}, 1.0, 20)
+        rise = [1, 1] if kind == "constant" else [1 / 2, 1]
+        assert rates == pytest.approx(rise + [fall(step / 19) for step in range(1, 19)])
+
+
+def test_numbers_of_samples(tiny_model, data, tmp_path, monkeypatch):
+    """KL is the sum of log-ratios over an answer's tokens, its stop token included, and the mean of the answers."""
+    dpo, answers = load_script("dpo"), [[5, 6, 0], [7, 0], [8, 9, 10, 11]]
+    flags = {"dataset_name": str(data), "num_eval_prompts": 3, "output_dir": str(tmp_path / "run")}
+    run = start("dpo", tiny_model(), **flags)
+    _, pairs = dpo.load_pairs(run)
+    dpo.open_folder(run, pairs)
+    monkeypatch.setattr(dpo, "generate", lambda *_, **__: answers)
+    policy = dpo.load_model(run, tiny_model(initializer_range=0.2))
+    metrics = dpo.evaluate(run, policy, pairs, lambda some: (torch.zeros(len(some)), {}), step=0)
+    models = [load_plain(tiny_model(**changes)) for changes in ({"initializer_range": 0.2}, {})]
+    kls = []
+    for pair, answer in zip(pairs, answers, strict=True):
+        new, old = [naive_logps(model, pair.prompt_ids, answer).sum().item() for model in models]
+        kls.append(new - old)
+    assert metrics["eval/kl"] == pytest.approx(sum(kls) / 3, rel=1e-4) and abs(sum(kls)) > 1
+    assert metrics["eval/response_length"] == 3 and metrics["eval/eos_rate"] == pytest.approx(2 / 3)
+
+
 def test_tracking_without_a_login_leaves_nothing_behind(data, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment |= {"WANDB_API_KEY": "", "HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    environment |= {
+        "WANDB_API_KEY": "",
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "WANDB_SILENT": "true",
+    }
     command = [sys.executable, ROOT / "dpo.py", "--track", "--output-dir", "run", *flags_of("dpo", data)]
     quiet = {"capture_output": True, "stdin": subprocess.DEVNULL}
     ended = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, text=True, **quiet)
-    assert ended.returncode != 0 and not (tmp_path / "run").exists()
+    assert ended.returncode != 0 and "No API key configured" in ended.stderr and not (tmp_path / "run").exists()
 
 
 @SLOW

@@ -15,7 +15,9 @@ BROKEN = {"nowhere.png": ["nowhere.png"], "cannot identify image": [b"no picture
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision")
-    subprocess.run(["patch", "-o", folder / "vision_dpo.py", ROOT / "dpo.py", ROOT / "docs/vision.patch"], check=True)
+    subprocess.run(
+        ["patch", "--fuzz=0", "-o", folder / "vision_dpo.py", ROOT / "dpo.py", ROOT / "docs/vision.patch"], check=True
+    )
     for seed, name in enumerate(("policy", "reference")):
         torch.manual_seed(seed)
         model, processor = demo.make_model()
