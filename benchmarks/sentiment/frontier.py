@@ -4,7 +4,7 @@
     python benchmarks/sentiment/frontier.py --only 'dpo.py' # of these, those whose command has this expression
     python benchmarks/sentiment/frontier.py --report        # no run, only the table in README.md and frontier.png
 
-A run is a script in a process of its own with one thread. results.json has its numbers under its command, without the
+Only one such process at a time: each writes its own results.json. A run is a script in a process of its own with one thread. results.json has its numbers under its command, without the
 model, as soon as it is over; the next call goes on from there. `plan` has all runs in their order.
 """
 
@@ -95,7 +95,10 @@ def command(name: str, seed: int) -> str:
 
 
 def plan() -> list[str]:
-    return [command(name, seed) for methods in (METHODS, NOISE) for seed in SEEDS for name in methods]
+    """All runs, first the first seed's; what the questions need least is at the end."""
+    planned = [command(name, seed) for methods in (METHODS, NOISE) for seed in SEEDS for name in methods]
+    late = [command("spin", SEEDS[1])] + [command(name, seed) for seed in SEEDS for name in ("dpo_10", "cdpo_10")]
+    return [words for words in planned if words not in late] + late
 
 
 # === Running ===
