@@ -4,8 +4,8 @@
     python benchmarks/sentiment/frontier.py --only 'dpo.py' # of these, those whose command has this expression
     python benchmarks/sentiment/frontier.py --report        # no run, only the table in README.md and frontier.png
 
-Only one such process at a time: each writes its own results.json. A run is a script in a process of its own with one thread. results.json has its numbers under its command, without the
-model, as soon as it is over; the next call goes on from there. `plan` has all runs in their order.
+A run is a script in a process of its own with one thread. results.json has its numbers under its command, without the
+model, as soon as it is over; the next call goes on from there. Two calls at once would overwrite each other's numbers.
 """
 
 import json
