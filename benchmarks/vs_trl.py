@@ -66,7 +66,9 @@ def settings_of(side: str, contest: str, args: Args, machine: dict[str, Any]) ->
     if side == "dpo.py":
         flags = both | {"batch_size": args.pairs_per_step}
         if equal:
-            flags |= {"dtype": "float32" if check else machine["dtype"]}  # attention is sdpa by default
+            flags |= {
+                "dtype": "float32" if check else machine["dtype"]
+            }  # attention: sdpa by rows, on a GPU varlen_attn
         return flags | {"num_train_epochs": CHECK_STEPS if check else 1}
     pairs = args.device_batch if equal else TRL_BATCH
     config = both | {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": args.pairs_per_step // pairs}
@@ -94,7 +96,8 @@ def choose_pairs(job: dict[str, Any], _: Path) -> dict[str, Any]:
     if len(fitting) < count:
         sys.exit(f"error: {count} pairs are needed, and {len(fitting)} are of at most {args.max_length} tokens")
     path = Path(args.dataset_name)
-    source = {"data_files": str(path), "path": "json"} if path.is_file() else {"path": args.dataset_name}
+    kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
+    source = {"data_files": str(path), "path": kind} if path.is_file() else {"path": args.dataset_name}
     rows = list(dpo.load_dataset(**source, streaming=path.exists())["train"])
     pairs = random.Random(args.seed).sample(fitting, count)
     for name, some, epochs in (("agreement", pairs[: args.pairs_per_step], CHECK_STEPS), ("contest", pairs, 1)):
