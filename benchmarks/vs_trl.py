@@ -66,9 +66,7 @@ def settings_of(side: str, contest: str, args: Args, machine: dict[str, Any]) ->
     if side == "dpo.py":
         flags = both | {"batch_size": args.pairs_per_step}
         if equal:
-            flags |= {
-                "dtype": "float32" if check else machine["dtype"]
-            }  # attention: sdpa by rows, on a GPU varlen_attn
+            flags |= {"dtype": "float32" if check else machine["dtype"]}
         return flags | {"num_train_epochs": CHECK_STEPS if check else 1}
     pairs = args.device_batch if equal else TRL_BATCH
     config = both | {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": args.pairs_per_step // pairs}
