@@ -8,7 +8,7 @@ Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; details after Huang et a
    reward model that exists, or a Python file (as for --judge-name-or-path), whose values are not shifted.
 3. PPO. The policy answers prompts. A token's reward is -kl_coef * (log pi - log pi_ref), the last one's also r, or
    --missing-eos-score if the answer does not end. Advantages are GAE's, from a value model that starts as a copy of r
-   (of the SFT model, if r is a Python file); then --ppo-epochs updates on all answers, with ratio = pi / pi_old:
+   (if r is a Python file, of the SFT model, with a head of 0); then --ppo-epochs updates with ratio = pi / pi_old:
        policy: max(-A ratio, -A clip(ratio, 1 -+ clip))      value: max((V - R)^2, (clip(V, V_old -+ clip) - R)^2) / 2
 
 As in Huang et al.: gamma 1, lambda 0.95, no entropy bonus, policy and value model apart, AdamW with eps 1e-5 and
@@ -913,9 +913,7 @@ def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int)
     return rollouts, metrics
 
 
-def ppo_loss_of(
-    run: Run, models: dict, shift: float, rollouts: list[Rollout], mean_length: float
-) -> tuple[torch.Tensor, dict]:
+def ppo_loss_of(run: Run, models: dict, shift: float, rollouts: list[Rollout], mean_length: float) -> tuple:
     """Loss and metrics of each answer, (B,), such that the mean over a step's answers is that over its tokens."""
     args, rows = run.args, [(rollout.prompt_ids, rollout.answer_ids) for rollout in rollouts]
     logps = torch.cat(token_logps(models["policy"], rows))
@@ -945,6 +943,8 @@ def train_ppo(run: Run, sft_path: str, reward_path: str, pairs: list[Pair], test
     reference = load_model(run, sft_path)
     if reward_path.endswith(".py"):
         value_model = load_scorer(run, add_head(run, sft_path), trainable=True)
+        for head in [weight for name, weight in value_model.named_parameters() if "score" in name]:
+            head.data.zero_()  # so that advantages are those of the rewards alone at first
     else:
         value_model, reward_model = load_scorer(run, reward_path, trainable=True), load_scorer(run, reward_path)
         shift = find_shift(run, reward_model, reference, pairs[:256])
