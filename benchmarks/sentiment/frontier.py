@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -249,14 +248,17 @@ def write_tables(runs: dict) -> str:
         verdicts.append([question.text, *shown])
     for name, method in (METHODS | NOISE).items():
         records = [runs[words] for words in [command(name, seed) for seed in SEEDS] if words in runs]
-        steps = [point["step"] for point in records[0]["evals"]] if records else []
-        for number, step in enumerate(steps):
-            if step >= method.first_step:
-                cells = [method.title if step == steps[-1] else "", str(step)]
-                for metric, digits in {"judge_score": 2, "kl": 1, "response_length": 1, "eos_rate": 2}.items():
-                    cells.append(", ".join([f"{record['evals'][number][metric]:.{digits}f}" for record in records]))
-                seconds = ", ".join([str(record["cpu_seconds"]) for record in records])
-                numbers.append([*cells, seconds if step == steps[-1] else ""])
+        points = records[0]["evals"] if records else []
+        numbered = [
+            (number, point["step"]) for number, point in enumerate(points) if point["step"] >= method.first_step
+        ]
+        for number, step in numbered:
+            first = number == numbered[0][0]
+            cells = [method.title if first else "", str(step)]
+            for metric, digits in {"judge_score": 2, "kl": 1, "response_length": 1, "eos_rate": 2}.items():
+                cells.append(", ".join([f"{record['evals'][number][metric]:.{digits}f}" for record in records]))
+            seconds = ", ".join([str(record["cpu_seconds"]) for record in records])
+            numbers.append([*cells, seconds if first else ""])
         answers += [f"- {method.title}: {' '.join(records[0]['response'].split())}\n"] if records else []
     heads = ["claim", *[f"seed {seed}" for seed in SEEDS], "both", "verdict"]
     columns = ["method", "step", "true reward", "KL", "tokens", "ended", "CPU seconds"]
@@ -265,6 +267,7 @@ def write_tables(runs: dict) -> str:
 
 def draw(runs: dict) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    start = np.mean([record["evals"][0]["judge_score"] for record in runs.values()])
     for number, (name, method) in enumerate(METHODS.items()):
         courses = []
         for words in [command(name, seed) for seed in SEEDS]:
@@ -273,9 +276,9 @@ def draw(runs: dict) -> None:
                 courses.append([(point["kl"], point["judge_score"]) for point in points])
                 axes.plot(*np.array(courses[-1]).T, ".", color=f"C{number}", alpha=0.5)
         if courses:
-            axes.plot(*np.mean(courses, axis=0).T, "o-", color=f"C{number}", label=method.title)
-    rewards = [record["evals"][0]["judge_score"] for record in runs.values()]
-    axes.plot(0, statistics.fmean(rewards), "k*", markersize=12, label="initial model")
+            line = [(0, start), *np.mean(courses, axis=0)]
+            axes.plot(*np.array(line).T, "o-", color=f"C{number}", label=method.title)
+    axes.plot(0, start, "k*", markersize=12, label="initial model")
     axes.set(xlabel="KL to the initial model (nats a response)", ylabel="true reward: VADER's compound score, -1 to 1")
     axes.set_title(
         "Controlled sentiment with SmolLM2-135M-Instruct: reward for KL, three times on the way of a training\n"
