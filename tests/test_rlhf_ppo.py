@@ -275,6 +275,14 @@ def test_first_answers_have_no_kl_and_a_ratio_of_exactly_1(changes, tiny_model, 
     assert first["train/ratio_error"] == second["train/ratio_error"] == 0  # of the only update of each step
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_values_begin_at_0_with_a_reward_function(lora_rank, tiny_model, tmp_path):
+    (tmp_path / "reward.py").write_text("def reward(prompts, completions, **_): return [len(c) for c in completions]")
+    changes = {"reward_name_or_path": str(tmp_path / "reward.py"), "sft_epochs": 0, "lora_rank": lora_rank}
+    first, second = metrics_of(tiny_model(), tmp_path, **changes)[-2:]
+    assert first["train/value"] == 0 != second["train/value"]
+
+
 def test_each_step_has_its_own_luck(tiny_model, tmp_path):
     """Of answers to prompts that are all the same, by a policy that stays the same."""
     write_rows(tmp_path / "same.jsonl", [text_pairs(1)[0] | {"chosen": f"It was great {i}."} for i in range(24)])
