@@ -11,7 +11,7 @@ def test_two_rounds(data, tmp_path):
     """The longer answers are the chosen ones, rounds share the prompts, the second starts at the first's model."""
     (tmp_path / "judge.py").write_text(LENGTH)
     flags = ["--dataset-name", data, "--judge-name-or-path", tmp_path / "judge.py", "--output-dir", tmp_path / "run"]
-    flags += ["--num-answers", "3", "--batch-size", "4", "--num-eval-prompts", "8", "--max-new-tokens", "16"]
+    flags += ["--num-answers", "3", "--batch-size", "4", "--num-eval-prompts", "8", "--max-new-tokens", "48"]
     ended = run_script(ROOT / "docs/iterated_dpo.py", *flags)
     assert ended.returncode == 0, ended.stderr[-3000:]
     prompts = []
