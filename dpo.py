@@ -270,8 +270,9 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
             if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
                 sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # rounded alike with and without gradients
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+    options = {"emulate_precision_casts": True}  # rounded alike with and without gradients
+    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # its class: a layer's own is never freed
+        type(layer).forward = torch.compile(type(layer).forward, dynamic=True, recompile_limit=64, options=options)
     if not trainable:
         return model
     if args.lora_rank > 0:
@@ -286,8 +287,7 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for layer in layers:
             fully_shard(layer, mp_policy=precision)
-        # By default the root's weights would stay gathered after a pass without gradients, and updates be lost.
-        fully_shard(model, mp_policy=precision, reshard_after_forward=True)
+        fully_shard(model, mp_policy=precision, reshard_after_forward=True)  # else a no-gradient pass loses updates
         register_fsdp_forward_method(model, "within_forward")  # the root's weights are gathered within such alone
     return model
 
@@ -465,7 +465,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
         for prompt, answer in zip(prompts, answers, strict=True):
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             ids = tokenizer.apply_chat_template(messages + answer, return_tensors="pt").input_ids
-            scores.append(model(input_ids=ids.to(DEVICE)).logits.item())
+            scores.append(model(input_ids=ids.to(DEVICE), use_cache=False).logits.item())
     bad = [pair.row for pair, score in zip(pairs, scores, strict=False) if score is None or not math.isfinite(score)]
     if bad or len(scores) != len(pairs):
         sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} answers, not finite: rows {bad or 'none'}")
@@ -483,7 +483,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
         if args.num_eval_prompts == 0:
             return means
         initial = load_model(run, args.model_name_or_path)  # read again each time: training needs the memory
-        with torch.compiler.set_stance("force_eager"):  # as the initial model is
+        with torch.compiler.set_stance("force_eager"):  # for steps of a token each
             prompts, rows = [pair.prompt_ids for pair in test_pairs], [{} for _ in test_pairs]
             answers = generate(run, policy, prompts, args.seed, temperature=1.0)
             texts = run.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import tyro
-from conftest import ROOT, load_script, start
+from conftest import ROOT, load_script, read_rows, start
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare  # noqa: E402
@@ -59,15 +59,8 @@ def test_data(tmp_path, monkeypatch):
     """Deterministic labels are the judge's; prompts for tuning and for the tables have nothing in common."""
     monkeypatch.setattr(compare, "FOLDER", tmp_path)
     compare.write_data()
-    pairs, test, validation, few = [
-        [json.loads(line) for line in (tmp_path / name).open()]
-        for name in (
-            "deterministic/train.jsonl",
-            "pairs/test.jsonl",
-            "pairs/validation.jsonl",
-            "few-desirable/train.jsonl",
-        )
-    ]
+    names = ("deterministic/train", "pairs/test", "pairs/validation", "few-desirable/train")
+    pairs, test, validation, few = [read_rows(tmp_path / f"{name}.jsonl") for name in names]
     prompts = [{row["prompt"][0]["content"] for row in rows} for rows in (test, validation)]
     assert len(test) == len(validation) == 256 and not prompts[0] & prompts[1]
     assert sum(row["label"] for row in few) == 256 and len(few) == 2816

@@ -1,6 +1,7 @@
 """What a model says of answers, how it samples them, and how it is held in memory."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -131,3 +132,40 @@ def test_root_is_sharded_again_after_a_pass_without_gradients(tiny_model):
         dpo.token_logps(model, rows)
         assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert_sharded()
+
+
+def varlen_by_mask(query, key, value, ends, _, longest, __, window_size, scale, enable_gqa):
+    """What varlen_attn computes on a GPU, with a mask over all tokens."""
+    place = torch.arange(len(query))
+    row, distance = torch.bucketize(place, ends, right=True), place[:, None] - place
+    mask = (row[:, None] == row) & (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
+    states = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(*states, mask, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles for a CPU")
+@pytest.mark.parametrize("family, flags", [("llama", {"gradient_checkpointing": True}), ("gemma3", {"lora_rank": 2})])
+def test_layers_compiled_as_on_a_gpu(tiny_model, monkeypatch, family, flags):
+    """Gradients change no bit of a pass, other lengths compile nothing anew, and a model that is let go is freed."""
+    path, judge = tiny_model(family), tiny_model(family, "SequenceClassification", num_labels=1)
+    run, layer = start("dpo", path, dtype="bfloat16", **flags), type(load_plain(path).model.layers[0])
+    monkeypatch.setattr(layer, "forward", layer.forward)  # put back behind the test
+    monkeypatch.setattr(dpo, "CUDA", True)
+    monkeypatch.setattr(dpo, "varlen_attn", varlen_by_mask)
+    model, pair = dpo.load_model(run, path, trainable=True), dpo.Pair(0, "Hello", {}, [], [], [], 1.0)
+    with pytest.raises(RuntimeError, match="Detected recompile"), torch.compiler.set_stance("fail_on_recompile"):
+        dpo.token_logps(model, draw_rows((3, 4)))
+    for stance, lengths in [("default", (3, 4, 9)), ("fail_on_recompile", (2, 7, 30))]:
+        rows = draw_rows(lengths[:2], lengths[1:])
+        with torch.compiler.set_stance(stance):
+            logps = torch.cat(dpo.token_logps(model, rows))
+            with torch.no_grad():
+                frozen = dpo.load_model(run, path)
+                for other in (model, frozen):
+                    assert torch.equal(torch.cat(dpo.token_logps(other, rows)), logps)
+                dpo.judge(run, judge, [pair] * 2, ["Good.", "That is good." * lengths[0]])
+    layer = weakref.ref(frozen.model.layers[0])
+    del frozen, other
+    assert layer() is None
