@@ -12,13 +12,8 @@ import pytest
 
 # Before torch and transformers are imported: they read these once. A GPU is hidden, so that the tests are the same
 # everywhere, but for those of test_gpu.py. One thread, since tiny models gain nothing from more.
-os.environ |= {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "WANDB_MODE": "offline",
-    "WANDB_SILENT": "true",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402

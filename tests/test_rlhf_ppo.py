@@ -283,6 +283,17 @@ def test_values_begin_at_0_with_a_reward_function(lora_rank, tiny_model, tmp_pat
     assert first["train/value"] == 0 != second["train/value"]
 
 
+@pytest.mark.slow
+def test_ppo_finds_a_reward(tmp_path):
+    """Of 0.01 for each letter less: answers of 30 letters become shorter than 20 in 16 steps."""
+    (tmp_path / "reward.py").write_text("def reward(completions, **_): return [-len(c) / 100 for c in completions]")
+    changes = {"reward_name_or_path": str(tmp_path / "reward.py"), "sft_epochs": 0, "learning_rate": 3e-4}
+    changes |= {"dataset_name": write_rows(tmp_path / "pairs.jsonl", text_pairs(16)), "num_train_epochs": 16}
+    changes |= {"rollouts_per_step": 16, "ppo_epochs": 2, "max_new_tokens": 64}
+    scores = [row["train/score"] for row in metrics_of(str(TOY / "policy"), tmp_path, **changes)[1:]]
+    assert sum(scores[:4]) / 4 < -0.3 and sum(scores[8:]) / 8 > -0.2
+
+
 def test_each_step_has_its_own_luck(tiny_model, tmp_path):
     """Of answers to prompts that are all the same, by a policy that stays the same."""
     write_rows(tmp_path / "same.jsonl", [text_pairs(1)[0] | {"chosen": f"It was great {i}."} for i in range(24)])

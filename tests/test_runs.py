@@ -246,9 +246,6 @@ def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
     write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
     with pytest.raises(SystemExit, match="error: data, devices or torch changed since the run"):
         dpo.main(dpo.Args(**flags, resume=True))
-
-
-def test_resuming_needs_a_folder():
     with pytest.raises(SystemExit, match="--resume needs --output-dir"):
         start("dpo", TOY / "policy", resume=True)
 
