@@ -266,6 +266,7 @@ def micro_batches(lengths: list[int], tokens: int, rank: int = RANK, world_size:
     return [order[group::groups] for group in range(rank, groups, world_size)]  # each has long and short items
 
 
+@torch.compiler.set_stance("force_eager")  # its few passes are not worth being compiled
 def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable: bool = False) -> Any:
     """A model without dropout (in eval mode): to be trained and sharded, or whole, frozen, in the run's dtype."""
     args, compute_dtype = run.args, getattr(torch, run.args.dtype)
@@ -464,6 +465,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     return [answers[i] for i in range(len(prompts))]
 
 
+@torch.compiler.set_stance("force_eager")  # a Python file may hold models of its own
 def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: Any = None) -> list[float]:
     """Scores of responses to the prompts of pairs, by reward() of a Python file or a reward model, loaded or not."""
     prompts, columns, scores = [pair.prompt for pair in pairs], {}, []
@@ -569,8 +571,6 @@ def start_run(args: Args) -> Run:
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
     path = args.model_name_or_path
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        sys.exit(f"error: the tokenizer of {path} has no end-of-sequence token, so no answer could end")
     stop_ids = [tokenizer.eos_token_id]
     if transformers.utils.cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several
