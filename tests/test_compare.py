@@ -73,16 +73,6 @@ def test_data(tmp_path, monkeypatch):
     assert all(score > other for score, other in zip(better, worse, strict=True))
 
 
-def test_a_run_gives_the_same_numbers_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "FOLDER", tmp_path)
-    compare.write_data()
-    command = f"python ipo.py --beta 0.1 --dataset-name {tmp_path}/deterministic --max-steps 16 --num-eval-prompts 4"
-    first, second = compare.execute(command), compare.execute(command)
-    assert first["evals"] == second["evals"] and [row["step"] for row in first["evals"]] == [0, 2]
-    assert "judge_score" in first["evals"][0] and len(first["margins"]) == 1
-    assert not list(tmp_path.glob("run-*"))
-
-
 @pytest.mark.parametrize("t", [0.0, 0.5, 2.776445, 8.0])
 def test_p_value(t):
     """Against the density of Student's t with four degrees of freedom, summed up."""

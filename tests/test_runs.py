@@ -44,19 +44,30 @@ def flags_of(name, data):
     return ["--dataset-name", data, *FLAGS, *OWN_FLAGS.get(name, [])]
 
 
+def run_changed(name, folder, change, *flags, **options):
+    """A run of a script that lines of Python have changed before it starts."""
+    program = folder.parent / "changed.py"
+    program.write_text(CHANGED.format(path=str(ROOT / f"{name}.py"), change=change))
+    return run_script(program, "--output-dir", folder, *flags, **options)
+
+
+CHANGED = """
+import importlib.util, itertools, os, random, signal, sys
+spec = importlib.util.spec_from_file_location("script", {path!r})
+sys.modules["script"] = script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+{change}
+script.main(script.tyro.cli(script.Args))
+"""
+
+
 def run_killed(name, folder, *flags, at, processes=1, **options):
     """A run that is killed before the at-th gradient is clipped, or, at 0, in the middle of saving its policy."""
-    program = folder.parent / "killed.py"
-    program.write_text(KILLED.format(path=str(ROOT / f"{name}.py"), at=at))
-    ended = run_script(program, "--output-dir", folder, *flags, processes=processes, **options)
+    ended = run_changed(name, folder, KILLED.format(at=at), *flags, processes=processes, **options)
     assert ended.returncode == -signal.SIGKILL if processes == 1 else ended.returncode != 0, ended.stderr[-3000:]
 
 
 KILLED = """
-import importlib.util, itertools, os, signal, sys
-spec = importlib.util.spec_from_file_location("script", {path!r})
-sys.modules["script"] = script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 clip, calls = script.torch.nn.utils.clip_grad_norm_, itertools.count(1)
 def clip_or_die(*args):
     if next(calls) == {at}:
@@ -65,20 +76,19 @@ def clip_or_die(*args):
 script.torch.nn.utils.clip_grad_norm_ = clip_or_die
 if {at} == 0:
     script.transformers.PreTrainedTokenizerBase.save_pretrained = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-script.main(script.tyro.cli(script.Args))
 """
 
 
-def assert_close_runs(folder, expected):
+def assert_close_runs(folder, expected, tolerance=1e-5):
     """Losses, gradient norms and weights, to rounding."""
     rows, expected_rows = read_rows(folder / "metrics.jsonl"), read_rows(expected / "metrics.jsonl")
     assert len(rows) == len(expected_rows)
     for row, other in zip(rows, expected_rows, strict=True):
         for metric in {"train/loss", "train/grad_norm"} & set(other):
-            assert row[metric] == pytest.approx(other[metric], rel=1e-5, abs=1e-6)
+            assert row[metric] == pytest.approx(other[metric], rel=tolerance, abs=tolerance / 10)
     weights = weights_of(expected / "model")
     for key, value in weights_of(folder / "model").items():
-        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value, weights[key], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", DPO_AND_SLOWLY_THE_OTHERS)
@@ -122,18 +132,22 @@ def test_two_processes_give_what_one_gives(name, more, data, tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize(
-    "name, more, first",
-    [("spin", [], 1), ("oaif", [], 1), ("grpo", [], 0), ("rlhf_ppo", [], 3), ("rlhf_ppo", ["--lora-rank", "4"], 3)],
-)
-def test_two_processes_that_sample(name, more, first, data, tmp_path):
-    """The first steps, before an answer is sampled, are equal, and the rest as sound as with one process."""
-    finish(name, tmp_path / "one", *flags_of(name, data), *more)
-    finish(name, tmp_path / "two", *flags_of(name, data), *more, processes=2)
-    one, two = (read_rows(tmp_path / key / "metrics.jsonl") for key in ("one", "two"))
-    assert len(one) == len(two) and all(math.isfinite(value) for row in two for value in row.values())
-    for row, other in zip(two[1 : first + 1], one[1 : first + 1], strict=True):
-        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+@pytest.mark.parametrize("name", ["spin", "oaif", "grpo", "rlhf_ppo"])
+def test_two_processes_that_sample(name, data, tmp_path):
+    """Where answers depend on nothing but their prompt and its place in the step, all is as with one process."""
+    for processes in (1, 2):
+        ended = run_changed(name, tmp_path / str(processes), ANSWERS, *flags_of(name, data), processes=processes)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_close_runs(tmp_path / "2", tmp_path / "1", tolerance=1e-4)
+
+
+ANSWERS = """
+def generate(run, model, prompts, *_, **__):
+    places = range(script.RANK, script.WORLD_SIZE * len(prompts), script.WORLD_SIZE)
+    lucks = [random.Random(str(item)) for item in zip(prompts, places)]
+    return [[luck.randrange(2, 800) for _ in range(luck.randrange(1, 9))] + [0] for luck in lucks]
+script.generate = generate
+"""
 
 
 KILLS = [("ipo", 5, []), ("simpo", 3, []), ("kto", 6, []), ("oaif", 4, []), ("grpo", 7, [])]  # GRPO clips twice a step
