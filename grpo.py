@@ -3,25 +3,27 @@
 
 Reinforcement learning from a reward that is a function, without a value model. In each step the policy pi_old answers
 each of its prompts G = --num-generations times. The reward r of an answer is compared with those of its group alone:
-that is its advantage A, one for all its tokens. Then --num-iterations updates, each on all answers of the step, lower
-the mean over answers of what the table makes of
+that is its advantage A, one for all its tokens. Then come --num-iterations updates, each on all answers of the step.
+An answer's loss is a sum over its tokens, divided as the table says, and a step's loss is the mean of its answers':
 
     -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta k3        with ratio = pi / pi_old
     k3 = pi_ref / pi - log(pi_ref / pi) - 1, which estimates the KL divergence from pi_ref, the initial policy
 
-    --loss-type  A                          over an answer's tokens       beta
-    grpo         (r - mean) / (std + 1e-4)  mean                          0.04
-    dr_grpo      r - mean                   sum / --max-new-tokens        0     Liu et al., arXiv:2503.20783
-    rloo         r - mean of the others     sum                           0.03  Ahmadian et al., arXiv:2402.14740
-    dapo         as grpo                    sum / the step's mean length  0     Yu et al., arXiv:2503.14476
+    --loss-type  A                          sum divided by the         beta
+    grpo         (r - mean) / (std + 1e-4)  answer's length            0.04
+    dr_grpo      r - mean                   limit --max-new-tokens     0     Liu et al., arXiv:2503.20783
+    rloo         r - mean of the others     -, so by 1                 0.03  Ahmadian et al., arXiv:2402.14740
+    dapo         as grpo                    step's mean length         0     Yu et al., arXiv:2503.14476
 
-By default there is one update, so that all ratios are 1 and nothing is clipped. rloo takes log(pi_old / pi_ref) of an
-answer, times beta, from its reward, and has no k3; its paper has neither ratio nor clip. dapo has epsilon_high 0.28; of
-DAPO this is the loss alone (its paper divides by a group's tokens), --mask-truncated-completions its filter of overlong
-answers. std is over G - 1, as in TRL, which by default multiplies k3 by the ratio: so its gradient becomes that of
-KL(pi || pi_ref), and here it is, at ratio 1, that of KL(pi_ref || pi). With beta 0 there is no reference. This script
-has 64 answers a step (GRPO's authors: 1,024, with G 64), temperature 1, AdamW, gradient norm 1, 10 % warm-up and linear
-decay. In a healthy run train/reward rises and train/reward_std stays away from 0; train/loss says little.
+By default there is one update, as in GRPO's paper (DAPO's: 16): then all ratios are 1, nothing is clipped, and dapo's
+epsilon_high, 0.28, has no effect. rloo takes log(pi_old / pi_ref) of an answer, times beta, from its reward, and
+has no k3; its paper has neither ratio nor clip. Of DAPO this is the loss alone (its paper divides by a group's tokens):
+--mask-truncated-completions is its filter of overlong answers; its sampling until a group's rewards differ, and its
+price of length, are not here. std is over G - 1, as in TRL, which by default multiplies k3 by the ratio: so its
+gradient becomes that of KL(pi || pi_ref), and here it is, at ratio 1, that of KL(pi_ref || pi). With beta 0 there is no
+reference. This script has 64 answers a step (GRPO's authors: 1,024, with G 64), temperature 1, AdamW, gradient norm 1,
+10 % warm-up and linear decay. In a healthy run train/reward rises and train/reward_std stays away from 0; train/loss
+says little.
 
     python grpo.py                               # the built-in test bed, a few minutes on two CPU cores
     python grpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name PROMPTS.jsonl \
@@ -698,7 +700,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
 
 
 def loss_of_answers(run: Run, policy: Any, rollouts: list[Rollout], mean_length: float) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each answer, (B,): their mean over a step is its loss, and a mean over its tokens."""
+    """Loss and metrics of each answer, (B,): means over a step are its loss and, of metrics, means over its tokens."""
     args, lengths = run.args, [len(rollout.answer_ids) for rollout in rollouts]
     logps = torch.cat(token_logps(policy, [(rollout.prompt_ids, rollout.answer_ids) for rollout in rollouts]))
     old_logps = torch.cat([rollout.old_logps for rollout in rollouts]).to(DEVICE)
