@@ -122,16 +122,17 @@ because the policy that wrote them is gone when a run is resumed.
         r"""
 \text{OAIF:} && y_1, y_2 &\sim \pi(\cdot \mid x) \\
 && P &= \tfrac{1}{2} \bigl(q(1 \mid x, y_1, y_2) + q(2 \mid x, y_2, y_1)\bigr) \\
-&& (y_w, y_l) &= \begin{cases} (y_1, y_2) & \text{if } P > \tfrac{1}{2} \\ (y_2, y_1) & \text{if } P < \tfrac{1}{2} \end{cases} \\
+&& (y_w, y_l) &= \begin{cases} (y_1, y_2) & \text{if } P > \tfrac{1}{2} \\
+(y_2, y_1) & \text{if } P < \tfrac{1}{2} \end{cases} \\
 && L &= -\log\sigma(\beta h) \quad\text{or}\quad \Bigl(h - \frac{1}{2\beta}\Bigr)^2
 \quad\text{or}\quad \max(0, 1 - \beta h)
 """,
         r"""
 The pairs are made during training: before each update the policy answers every prompt of the batch twice, and an
 annotator says which answer is better (`make_pairs`). Most of the new lines are this annotator: the question, put in
-both orders of the two answers, and $`q`$, the probability of its reply `1` or `2`. A tie gives no
-gradient, and a cut answer loses against one that ended. Of the training data only the prompts are used. The reference is needed in every step, so it stays in memory. The loss, with DPO's $`h`$, is that of
-DPO, IPO or SLiC.
+both orders of the two answers, and $`q`$, the probability of its reply `1` or `2`. A tie gives no gradient, and a cut
+answer loses against one that ended. Of the training data only the prompts are used. The reference is needed in every
+step, so it stays in memory. The loss, with DPO's $`h`$, is that of DPO, IPO or SLiC.
 """,
     ),
     "grpo": (
