@@ -288,7 +288,7 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
         own_logps = torch.cat(token_logps(model, rows)).detach()
         model.set_attn_implementation("packed")
-        error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max()
+        error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max().item()
         if not error < (1e-3 if dtype == torch.float32 else 0.05 * own_logps.abs().max()):  # as with capped logits
             model.set_attn_implementation(own_attention)
             if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
@@ -463,13 +463,13 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
     limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
-    for group in micro_batches(lengths, max(8192, 4 * run.args.micro_batch_tokens), rank=0, world_size=1):
+    for group in micro_batches(lengths, max(8192, 2 * run.args.micro_batch_tokens), rank=0, world_size=1):
         width = max([len(prompts[i]) for i in group])  # padding, on the left, is -1 at first
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
-        inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long()}
-        output = model.within_forward(partial(model.generate, **inputs, **settings, **limits, temperature=temperature))
-        for i, answer in zip(group, output[:, width:].tolist(), strict=True):
-            answers[i] = cut_answer(answer, run.stop_ids)
+        inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long(), "synced_gpus": False}
+        sample = partial(model.generate, **inputs, **settings, **limits, temperature=temperature)
+        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # or it shards whole weights
+        answers |= {i: cut_answer(ids, run.stop_ids) for i, ids in zip(group, output[:, width:].tolist(), strict=True)}
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -46,15 +46,6 @@ def test_tuning_takes_the_best_rate_and_then_the_best_strength(runs):
     assert len(scores) == 5 and compare.tuned(runs, "dpo") == (rate, strength)
 
 
-def test_strengths_in_the_middle_are_the_defaults():
-    for name, method in compare.METHODS.items():
-        args = load_script("rlhf_ppo" if name == "ppo" else name).Args()
-        default = getattr(args, method.strength.removeprefix("--").replace("-", "_"))
-        if default is None:
-            default = {"ipo": args.DEFAULTS.get("beta", (None,))[-1], "spin": 1.0, "oaif": 0.1}[name]
-        assert method.values[1] == default
-
-
 def test_data(tmp_path, monkeypatch):
     """Deterministic labels are the judge's; prompts for tuning and for the tables have nothing in common."""
     monkeypatch.setattr(compare, "FOLDER", tmp_path)

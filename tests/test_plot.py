@@ -47,8 +47,3 @@ def test_text_has_first_value_last_value_and_course(tmp_path, capsys):
     name, first, last, bars = capsys.readouterr().out.splitlines()[1].split()
     assert (name, first, last, bars[0], bars[-1], len(bars)) == ("train/loss", "400", "204", "█", "▁", 50)
     assert bars == "".join(sorted(bars, reverse=True)) and {bars.count(bar) for bar in "▁▂▃▄▅▆▇█"} == {6, 7}
-
-
-def test_what_is_no_run(tmp_path):
-    with pytest.raises(SystemExit, match="error: .* is not the folder of a run"):
-        plot.main(plot.Args([tmp_path], tmp_path / "curves.png"))
