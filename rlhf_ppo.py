@@ -496,7 +496,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long(), "synced_gpus": False}
         sample = partial(model.generate, **inputs, **settings, **limits, temperature=temperature)
-        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # or it shards whole weights
+        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # without LoRA it shards the root
         answers |= {i: cut_answer(ids, run.stop_ids) for i, ids in zip(group, output[:, width:].tolist(), strict=True)}
     return [answers[i] for i in range(len(prompts))]
 
