@@ -288,9 +288,9 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        for layer in layers:
-            fully_shard(layer, mp_policy=precision)
-        fully_shard(model, mp_policy=precision, reshard_after_forward=True)  # else a no-gradient pass loses updates
+        base = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # of LoRA
+        for module in [*layers, model]:  # the root is resharded like a layer, or a no-gradient pass loses updates
+            fully_shard(module, mp_policy=precision, ignored_params=base, reshard_after_forward=True)
         register_fsdp_forward_method(model, "within_forward")  # the root's weights are gathered within such alone
     return model
 
