@@ -384,8 +384,7 @@ def test_numbers_of_samples(tiny_model, data, tmp_path, monkeypatch):
 
 def test_tracking_without_a_login_leaves_nothing_behind(data, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment |= {"WANDB_API_KEY": "", "WANDB_SILENT": "true"}
-    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    environment |= {"WANDB_API_KEY": "", "WANDB_SILENT": "true", "HOME": str(tmp_path), "NETRC": str(tmp_path / "n")}
     command = [sys.executable, ROOT / "dpo.py", "--track", "--output-dir", "run", *flags_of("dpo", data)]
     options = {"cwd": tmp_path, "env": environment, "text": True, "capture_output": True, "stdin": subprocess.DEVNULL}
     ended = subprocess.run(list(map(str, command)), **options)
