@@ -2,7 +2,7 @@
 """RLHF in three stages: supervised fine-tuning, reward model, PPO. Ouyang et al. 2022, https://arxiv.org/abs/2203.02155,
 Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; details after Huang et al. 2024, https://arxiv.org/abs/2403.17031
 
-1. SFT on the chosen answers (--sft-epochs 0: none). Its result is where PPO starts, and its frozen reference pi_ref.
+1. SFT on the chosen answers (--sft-epochs 0: none). Its result is where PPO starts, and PPO's frozen reference pi_ref.
 2. A reward model r on the pairs, -log sigmoid(r(x, y_w) - r(x, y_l)): the SFT model with a scalar head, read at the
    end-of-sequence token. A shift brings SFT samples to mean 0. --reward-name-or-path takes the place of this stage: a
    reward model that exists, or a Python file (as for --judge-name-or-path), whose values are not shifted.
@@ -14,13 +14,13 @@ Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; details after Huang et a
 As in Huang et al.: gamma 1, lambda 0.95, no entropy bonus, policy and value model apart, AdamW with eps 1e-5 and
 learning rate 3e-6 in all stages (here ten times that with LoRA). Where sources differ, this script
 - has no pretraining loss (Ouyang et al.: PPO-ptx), draws pairs singly (they: all pairs of a prompt), drops long ones;
-- shifts r and the values by the mean of r over SFT samples (Huang et al.: r alone, over the data's answers);
+- shifts r and the values by the mean of r over SFT samples (Huang et al.: over the data's answers);
 - has a fixed coefficient for the KL's plainest estimate a token, k1 (Ziegler et al. 2019: an adaptive one);
 - puts r on the last token with value 0 behind it (Huang et al.: a position later), and replaces it for unended answers;
 - whitens advantages over the whole step (Huang et al.: on each device), rewards not at all (Ziegler et al.: they do);
 - averages losses over the step's tokens (Huang et al.: over a micro-batch's, then over these);
 - lets answers end, 128 a step at temperature 1 (Huang et al.: of fixed length, cut later, 512 at 0.7);
-- warms up over 10 % and clips gradients (Huang et al.: neither); SFT's loss is on answers alone (theirs: prompts too).
+- warms up over 10 % and clips gradients (they do not); SFT decays linearly, on 64 answers (a cosine, 128 with prompts).
 PPO holds four models: policy and value model with AdamW (16 bytes a weight), reference and reward model in the compute
 dtype. Where train/score rises and eval/judge_score falls, PPO exploits the reward model. eval/loss is SFT's.
 
@@ -59,8 +59,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# All scripts are alike outside of `# region method` ... `# endregion`: read those and main first. In a training loop
-# micro_batches cuts a step, forward (of pairs) or token_logps is the pass, compute_loss the method; then .backward().
+# Outside of `# region method` ... `# endregion` all scripts are the same: read the regions and main first. A training
+# step is micro_batches (this device's share), forward or token_logps, compute_loss, .backward(), and at last update.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -79,9 +79,9 @@ class Args:
     learning_rate: float | None = None  # of PPO; None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
     rollouts_per_step: int = 128  # prompts to answer in each step of PPO; --num-train-epochs is the passes over them
     ppo_epochs: int = 4  # updates on the answers of each step
-    kl_coef: float = 0.05  # price of a nat of KL divergence to the reference
+    kl_coef: float = 0.05  # reward that a nat of KL divergence to the reference costs
     missing_eos_score: float = -1.0  # of an answer that does not end; a reward model's scores have mean 0 at first
-    gamma: float = 1.0  # discount
+    gamma: float = 1.0  # discount factor
     gae_lambda: float = 0.95  # of generalised advantage estimation
     clip_range: float = 0.2  # of the policy's ratio
     value_clip_range: float = 0.2  # of the values, around those of the rollout
@@ -95,35 +95,35 @@ class Args:
     lora_rank: int = 0  # train LoRA adapters of this rank (alpha twice that) on all linear layers; 0 = all weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     # --- data ---
-    dataset_name: str = str(TOY)  # preference pairs: hub id, .jsonl, .json, .csv or .parquet file, or folder of such
+    dataset_name: str = str(TOY)  # preference pairs: hub id, .jsonl, .json, .csv or .parquet file, or folder of these
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str = "test"  # split to evaluate on; if there is none, the last 10 % of the pairs, at most 512
     max_length: int = 1024  # longest prompt with answer, in tokens; longer pairs are dropped
     # --- optimisation ---
     batch_size: int = 64  # pairs per optimiser step, over all devices
-    micro_batch_tokens: int | None = None  # tokens in a pass; None = 1024, on a GPU up to 32768, by its memory
+    micro_batch_tokens: int | None = None  # tokens in a pass, about; None = 1024, on a GPU up to 32768, by its memory
     num_train_epochs: int = 1  # passes over the training pairs
-    max_steps: int | None = None  # most optimiser steps; 0 = only evaluate
+    max_steps: int | None = None  # maximum number of optimiser steps; 0 = only evaluate
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # constant: no warm-up, no decay
     warmup_ratio: float = 0.1  # share of the steps over which the learning rate rises
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 = they are not
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 = no clipping
     # --- evaluation ---
     eval_steps: int = 50  # steps between evaluations; the first and the last step are always evaluated
     num_eval_prompts: int = 256  # test pairs to evaluate on, and prompts to answer; 0 = all pairs, but no answers
     max_new_tokens: int = 128  # longest sampled response, in tokens
     judge_name_or_path: str | None = None  # reward model, or .py file with reward(prompts, completions, **columns)
     # --- run ---
-    seed: int = 1  # of the order of the data, the sampling and LoRA's initial weights
+    seed: int = 1  # for the order of the data, sampling, and LoRA's initial weights
     output_dir: str | None = None  # folder of the run; None = runs/<script>__<seed>__<time>
     save_steps: int = 0  # steps between checkpoints, of which the newest is kept; 0 = none
-    resume: bool = False  # go on from the last checkpoint in --output-dir; give all other flags as before
+    resume: bool = False  # go on from the last checkpoint in --output-dir, if any; all other flags as before
     track: bool = False  # log to Weights & Biases as well
 
 
 class Batch(NamedTuple):  # a micro-batch of B pairs, in float32
     logps: torch.Tensor  # (2, B), log-probabilities of the chosen and of the rejected answers
     ref_logps: torch.Tensor  # (2, B), the reference's
-    lengths: torch.Tensor  # (2, B), tokens of these answers, for losses of means
+    lengths: torch.Tensor  # (2, B), tokens of these answers, for losses that average over tokens
     preference_prob: torch.Tensor  # (B,), how likely the chosen answer is the better one
 
 
@@ -136,9 +136,9 @@ def compute_reward_loss(chosen: torch.Tensor, rejected: torch.Tensor, p: torch.T
 
 
 def estimate_advantages(rewards: torch.Tensor, values: torch.Tensor, gamma: float, gae_lambda: float) -> tuple:
-    """Generalised advantage estimates and returns, (N, C). Rewards and values are 0 behind an answer."""
+    """Generalised advantage estimates and returns, (N, C). Rewards and values are 0 after an answer's end."""
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    next_values = F.pad(values[:, 1:], (0, 1))  # nothing is to come behind the last token
+    next_values = F.pad(values[:, 1:], (0, 1))  # nothing comes after the last token
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_values[:, t] - values[:, t]
         following = advantages[:, t] = delta + gamma * gae_lambda * following
@@ -178,7 +178,7 @@ class Run:
     folder: Path
     tokenizer: Any
     stop_ids: list[int]  # tokens that end an answer
-    saved_step: int  # of the checkpoint to go on from, 0 if there is none
+    saved_step: int  # step of the checkpoint to resume from, 0 if there is none
 
     def append(self, file: str, rows: list[dict]) -> None:
         if RANK == 0:
@@ -195,17 +195,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Pair:
-    row: int  # its number in the data
+    row: int  # its index in the split
     prompt: str | list[dict]  # as read: a judge has its own chat template
     columns: dict[str, Any]  # the row's other fields, for a judge
-    prompt_ids: list[int] = field(repr=False)  # so not in the hash of the data: some templates write the date
+    prompt_ids: list[int] = field(repr=False)  # not in open_folder's hash: some templates write the date
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference_prob: float
-    ref_logps: tuple[float, float] = (0.0, 0.0)  # of both answers by the reference, see add_reference
+    ref_logps: tuple[float, float] = (0.0, 0.0)  # of both answers; add_reference fills them in
 
     def __len__(self) -> int:
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)  # tokens of its two rows
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)  # tokens in its two rows
 
 
 def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
@@ -215,7 +215,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     if kind and not (path.is_file() and path.stat().st_size > 0):
         sys.exit(f"error: there is no file {path}, or it is empty")
     source = {"path": kind, "data_files": str(path)} if kind else {"path": args.dataset_name}
-    splits = load_dataset(**source, streaming=path.exists())  # files in a cache could be old ones
+    splits = load_dataset(**source, streaming=path.exists())  # streaming reads no stale cache
     train_pairs = encode_rows(run, splits[args.dataset_train_split], args.dataset_train_split)
     if args.dataset_test_split in splits:
         test_pairs = encode_rows(run, splits[args.dataset_test_split], args.dataset_test_split)
@@ -236,9 +236,9 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
         prompt, chosen, rejected = split_row(row, where)
         prob = 1.0 if row.get("preference_prob") is None else row["preference_prob"]
         if not isinstance(prob, int | float) or not 0 <= prob <= 1:
-            sys.exit(f"error: {where}: preference_prob is {prob!r}, and no number from 0 to 1")
+            sys.exit(f"error: {where}: preference_prob is {prob!r}, not a number from 0 to 1")
         texts = render(run.tokenizer, prompt, chosen, rejected)
-        # Each by itself, as in generation; the EOS, ids[0], keeps SentencePiece from putting a space before an answer.
+        # Each by itself, as in generation. An answer's ids[0] is the EOS that render has put before it.
         prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids
         chosen_ids, rejected_ids = [cut_answer(ids[1:] + run.stop_ids[:1], run.stop_ids) for ids in answers]
         columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
@@ -268,26 +268,26 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
 
 # endregion
 def render(tokenizer: Any, prompt: str | list[dict], *answers: str | list[dict]) -> list[str]:
-    """A prompt and its answers, each of these after an EOS: messages by the chat template, strings after a BOS."""
+    """Messages by the chat template, strings after a BOS. An EOS before each answer keeps out SentencePiece's space."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
         return [bos + prompt.removeprefix(bos), *(tokenizer.eos_token + answer for answer in answers)]
     head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     texts = [tokenizer.apply_chat_template(prompt + answer, tokenize=False) for answer in answers]
     if not all(text.startswith(head) for text in texts):
-        sys.exit("error: the tokenizer's chat template renders a prompt otherwise once it is answered")
+        sys.exit("error: the tokenizer's chat template renders a prompt differently when an answer follows")
     return [head, *(tokenizer.eos_token + text.removeprefix(head) for text in texts)]
 
 
 def cut_answer(ids: list[int], stop_ids: list[int]) -> list[int]:
-    """An answer up to and with its first stop token."""
+    """An answer up to and including its first stop token."""
     stops = [place for place, token in enumerate(ids) if token in stop_ids]
     return ids[: stops[0] + 1] if stops else ids
 
 
 def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
     """Indices of the pairs of each optimiser step, in an order that depends on the seed and the epoch alone."""
-    batches, starts = [], range(0, num_pairs - WORLD_SIZE + 1, args.batch_size)  # each device has a share of each
+    batches, starts = [], range(0, num_pairs - WORLD_SIZE + 1, args.batch_size)  # a pair for each device
     for epoch in range(args.num_train_epochs):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
         order = torch.randperm(num_pairs, generator=generator).tolist()
@@ -296,35 +296,35 @@ def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
 
 
 def micro_batches(lengths: list[int], tokens: int, rank: int = RANK, world_size: int = WORLD_SIZE) -> list[list[int]]:
-    """Indices of a process's items in groups of about `tokens` tokens; each process has equally many groups."""
+    """Indices of this process's items in groups of about `tokens` tokens; each process has equally many groups."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = min(math.ceil(sum(lengths) / tokens / world_size), len(lengths) // world_size) * world_size
     return [order[group::groups] for group in range(rank, groups, world_size)]  # each has long and short items
 
 
-@torch.compiler.set_stance("force_eager")  # its few passes are not worth being compiled
+@torch.compiler.set_stance("force_eager")  # the few passes in here are not worth compiling
 def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable: bool = False) -> Any:
     """A model without dropout (in eval mode): to be trained and sharded, or whole, frozen, in the run's dtype."""
     args, compute_dtype = run.args, getattr(torch, run.args.dtype)
     dtype = torch.float32 if trainable and args.lora_rank == 0 else compute_dtype
     model, info = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:
-        sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is no {type(model).__name__}")
+        sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is not a {type(model).__name__}")
     model.to(DEVICE).eval().requires_grad_(trainable)
     model.within_forward = lambda function: function()  # see fully_shard below
-    if kind is AutoModelForCausalLM:  # two rows must mean the same packed as by the model's own forward, row by row
+    if kind is AutoModelForCausalLM:  # packed rows must get the same log-probabilities as row by row in its own forward
         rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
         own_logps = torch.cat(token_logps(model, rows)).detach()
         model.set_attn_implementation("packed")
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max().item()
-        if not error < (1e-3 if dtype == torch.float32 else 0.05 * own_logps.abs().max()):  # as with capped logits
+        if not error < (1e-3 if dtype == torch.float32 else 0.05 * own_logps.abs().max()):  # e.g. capped logits
             model.set_attn_implementation(own_attention)
-            if trainable and WORLD_SIZE > 1:  # rows one by one would be out of step
+            if trainable and WORLD_SIZE > 1:  # row by row, the processes would get out of step
                 sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     options = {"emulate_precision_casts": True}  # rounded alike with and without gradients
-    for layer in layers if CUDA and compute_dtype == torch.bfloat16 else []:  # its class: a layer's own is never freed
-        type(layer).forward = torch.compile(type(layer).forward, dynamic=True, recompile_limit=64, options=options)
+    for layer_class in {type(layer) for layer in layers} if CUDA and compute_dtype == torch.bfloat16 else []:
+        layer_class.forward = torch.compile(layer_class.forward, dynamic=True, recompile_limit=64, options=options)
     if not trainable:
         return model
     if args.lora_rank > 0:
@@ -335,12 +335,12 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
     for layer in layers if args.gradient_checkpointing else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP serves for mixed precision as well, on one device too
+    if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP also does mixed precision, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        base = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # of LoRA
-        for module in [*layers, model]:  # the root is resharded like a layer, or a no-gradient pass loses updates
+        base = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # LoRA's base
+        for module in [*layers, model]:  # without resharding of the root, a no-gradient pass loses updates
             fully_shard(module, mp_policy=precision, ignored_params=base, reshard_after_forward=True)
-        register_fsdp_forward_method(model, "within_forward")  # the root's weights are gathered within such alone
+        register_fsdp_forward_method(model, "within_forward")  # only such methods gather the root's weights
     return model
 
 
@@ -359,9 +359,9 @@ def inference(model: Any) -> Iterator[None]:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs) -> tuple:
-    """Causal attention of T tokens (1, heads, T, size) within their rows, (1, T, heads, size); with a cache, SDPA's."""
+    """Causal attention of T tokens (1, heads, T, size) within their rows, (1, T, heads, size); in sampling, SDPA."""
     states, settings, outputs = (query, key, value), {"scale": scaling, "enable_gqa": True}, []
-    if "cu_seq_lens_q" not in kwargs:  # sampling
+    if "cu_seq_lens_q" not in kwargs:  # sampling, with a cache
         return transformers.AttentionInterface()["sdpa"](module, *states, attention_mask, scaling=scaling)
     ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # where rows end, (rows + 1,), and their longest
     if CUDA and query.dtype == torch.bfloat16:
@@ -380,7 +380,7 @@ transformers.AttentionMaskInterface.register("packed", transformers.AttentionMas
 
 
 def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Callable) -> tuple[torch.Tensor, ...]:
-    """What `read` makes of hidden states (n, D) and the tokens (n,) that they predict: (C,) for each row's answer."""
+    """`read` turns hidden states (n, D) and the tokens (n,) they predict into n values: those of each row's answer."""
     ids, positions, ends, places = [], [], [0], []
     for prompt, answer in rows:
         ids += prompt + answer
@@ -389,7 +389,7 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
         ends.append(len(ids))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
     inputs |= {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32), "attention_mask": torch.ones(1, 1, 1, 1)}
-    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}  # this mask stops one of (T, T) being made
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}  # the mask: else a (T, T) one is built
 
     def read_chunks() -> torch.Tensor:
         output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
@@ -403,7 +403,7 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
 
 
 def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities of the answer's C tokens of each row (prompt, answer), (C,) in float32."""
+    """Log-probabilities of the answer's tokens, for each row (prompt, answer): a tensor (len(answer),) in float32."""
 
     def logps_of(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits = model.get_output_embeddings()(states).float()  # a bfloat16 softmax errs by up to 0.1 nats a token
@@ -420,8 +420,8 @@ def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[to
 
 
 def forward(model: Any, pairs: list[Pair]) -> Batch:
-    """The log-probabilities of a micro-batch of pairs, with what else is known of them."""
-    column = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
+    """The log-probabilities of a micro-batch of pairs, with the other inputs of the loss."""
+    as_tensor = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     logps = torch.stack([logps.sum() for logps in token_logps(model, rows)])
@@ -429,20 +429,20 @@ def forward(model: Any, pairs: list[Pair]) -> Batch:
         sys.exit(f"error: a log-probability in rows {[pair.row for pair in pairs]} is not finite; nothing was updated")
     return Batch(
         logps=logps.view(2, -1),
-        ref_logps=column([pair.ref_logps for pair in pairs]).T,
-        lengths=column([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]).T,
-        preference_prob=column([pair.preference_prob for pair in pairs]),
+        ref_logps=as_tensor([pair.ref_logps for pair in pairs]).T,
+        lengths=as_tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]).T,
+        preference_prob=as_tensor([pair.preference_prob for pair in pairs]),
     )
 
 
 def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """This process's pairs with log-probabilities by the reference, as a rule the policy before its training."""
+    """All pairs, those of this process's micro-batches with the reference's log-probabilities; the others keep 0."""
     complete = {}
     with inference(reference):
         # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
         for batch in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
             for indices in micro_batches([len(pairs[i]) for i in batch], run.args.micro_batch_tokens):
-                new = [batch[k] for k in indices if batch[k] not in complete]  # in a second epoch there is none
+                new = [batch[k] for k in indices if batch[k] not in complete]  # in a later epoch few, or none
                 logps = forward(reference, [pairs[i] for i in new]).logps.T.tolist() if new else []
                 for i, (chosen, rejected) in zip(new, logps, strict=True):
                     complete[i] = replace(pairs[i], ref_logps=(chosen, rejected))
@@ -450,9 +450,9 @@ def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[lis
 
 
 def start_training(run: Run, models: dict, lr: float, steps: int, start: int = 0, eps: float = 1e-8) -> tuple:
-    """AdamW for some models and the learning rates of its steps; also reads a checkpoint, and gives the steps done."""
+    """AdamW (from the checkpoint, if there is one), the learning rate of each step, and the number of steps done."""
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), lr=lr, eps=eps, weight_decay=0, fused=True)
-    # Such a schedule is 0 at its first and last step: of one that is longer by a step, those in between are taken.
+    # A schedule of n steps is 0 at steps 0 and n, so steps 1 to n are taken from one of n + 1 steps.
     warmup_steps = math.ceil(run.args.warmup_ratio * steps)
     scheduler = transformers.get_scheduler(run.args.lr_scheduler_type, optimizer, warmup_steps, steps + 1)
     if run.saved_step > start:
@@ -462,7 +462,7 @@ def start_training(run: Run, models: dict, lr: float, steps: int, start: int = 0
 
 
 def update(run: Run, models: dict, optimizer: torch.optim.Optimizer, learning_rate: float) -> dict[str, float]:
-    """Clip the gradients of each model and take AdamW's step; gives what is to be logged of it."""
+    """Clip the gradients of each model, take AdamW's step, and return what to log of it."""
     metrics = {"train/learning_rate": learning_rate}
     for name, model in models.items():
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.args.max_grad_norm or math.inf).item()
@@ -476,17 +476,15 @@ def update(run: Run, models: dict, optimizer: torch.optim.Optimizer, learning_ra
 
 
 def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dict[str, float]:
-    """Means over `count` items, of which this process holds some, in parts; named kind/..., as in train/loss."""
-    means = {}
-    for name in parts[0]:
-        total = torch.cat([part[name].detach() for part in parts]).double().sum()
-        dist.all_reduce(total)
-        means[f"{kind}/{name}"] = total.item() / count
-    return means
+    """Means over `count` items, of which this process holds some, in parts; kind is train or eval, as in train/loss."""
+    columns = zip(*[part.values() for part in parts], strict=True)  # each has a metric's values in all parts
+    totals = torch.stack([torch.cat(column).detach().double().sum() for column in columns])
+    dist.all_reduce(totals)
+    return {f"{kind}/{name}": total / count for name, total in zip(parts[0], totals.tolist(), strict=True)}
 
 
 def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
-    """A response to each prompt, in token ids; call it inside of inference(). Processes do not share the prompts."""
+    """A response to each prompt, in token ids; call it inside inference(). Each process answers all given prompts."""
     settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "num_beams": 1}
     limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
@@ -496,14 +494,14 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long(), "synced_gpus": False}
         sample = partial(model.generate, **inputs, **settings, **limits, temperature=temperature)
-        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # without LoRA it shards the root
+        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # else it reshards the root
         answers |= {i: cut_answer(ids, run.stop_ids) for i, ids in zip(group, output[:, width:].tolist(), strict=True)}
     return [answers[i] for i in range(len(prompts))]
 
 
 @torch.compiler.set_stance("force_eager")  # a Python file may hold models of its own
 def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: Any = None) -> list[float]:
-    """Scores of responses to the prompts of pairs, by reward() of a Python file or a reward model, loaded or not."""
+    """Scores of responses to the prompts of pairs, by reward() of a Python file or by a reward model."""
     prompts, columns, scores = [pair.prompt for pair in pairs], {}, []
     answers = [[{"role": "assistant", "content": response}] for response in responses]
     if path.endswith(".py"):
@@ -514,19 +512,19 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
     else:
         model = model or load_model(run, path, AutoModelForSequenceClassification)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
+        model.config.pad_token_id = None  # one text at a time: its last token counts, whichever it is
         for prompt, answer in zip(prompts, answers, strict=True):
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             ids = tokenizer.apply_chat_template(messages + answer, return_tensors="pt").input_ids
             scores.append(model(input_ids=ids.to(DEVICE), use_cache=False).logits.item())
     bad = [pair.row for pair, score in zip(pairs, scores, strict=False) if score is None or not math.isfinite(score)]
     if bad or len(scores) != len(pairs):
-        sys.exit(f"error: {path} gives {len(scores)} scores to {len(pairs)} answers, not finite: rows {bad or 'none'}")
+        sys.exit(f"error: {path} has {len(scores)} scores for {len(pairs)} answers, not finite in rows {bad or 'none'}")
     return [float(score) for score in scores]
 
 
 def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, step: int) -> dict[str, float]:
-    """Loss and accuracy on the test pairs; judge's score, win rate and KL to the initial model on sampled responses."""
+    """Loss and metrics on test pairs; of one response to each prompt log(pi / initial) ("kl"), score and win rate."""
     args, parts = run.args, []
     with inference(policy):
         for indices in micro_batches([len(pair) for pair in test_pairs], args.micro_batch_tokens):
@@ -536,7 +534,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
         if args.num_eval_prompts == 0:
             return means
         initial = load_model(run, args.model_name_or_path)  # read again each time: training needs the memory
-        with torch.compiler.set_stance("force_eager"):  # for steps of a token each
+        with torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
             prompts, rows = [pair.prompt_ids for pair in test_pairs], [{} for _ in test_pairs]
             answers = generate(run, policy, prompts, args.seed, temperature=1.0)
             texts = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -545,7 +543,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
                 some = [(prompts[i], answers[i]) for i in indices]
                 for i, new, old in zip(indices, token_logps(policy, some), token_logps(initial, some), strict=True):
                     rows[i] |= {"step": step, "prompt": run.tokenizer.decode(prompts[i]), "response": texts[i]}
-                    rows[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}
+                    rows[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}  # nats a response
                     rows[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
     if args.judge_name_or_path and RANK == 0:  # as only this process writes
         scores = judge(run, args.judge_name_or_path, test_pairs, texts)
@@ -557,7 +555,7 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
         means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / len(rows) ** 0.5
     run.append("samples.jsonl", rows)
     wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
-    for name in list(rows[0])[3:]:  # behind step, prompt and response
+    for name in [name for name in rows[0] if name not in ("step", "prompt", "response")]:
         means[f"eval/{name}"] = statistics.fmean([row[name] for row in rows])
     tqdm.write(f"response to the first test prompt: {texts[0]}")
     return means
@@ -577,7 +575,7 @@ def training_state(models: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
 
 
 def save_checkpoint(run: Run, models: dict[str, Any], optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write all that training changes, beside and then renamed: a run that is killed leaves no half checkpoint."""
+    """Write all that training changes, to another folder that is then renamed: no half checkpoint is ever left."""
     folder, unfinished = run.folder / f"checkpoint-{step}", run.folder / "unfinished"
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
     dcp.save(training_state(models, optimizer), storage_writer=writer)
@@ -589,21 +587,22 @@ def save_checkpoint(run: Run, models: dict[str, Any], optimizer: torch.optim.Opt
 
 
 def start_run(args: Args) -> Run:
-    """Connect the processes, and settle what the flags leave open."""
+    """Connect the processes, check the flags, and fill in those that are None."""
     own_group = {} if WORLD_SIZE > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", **own_group)
     if CUDA:
         torch.cuda.set_device(DEVICE)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew at each new length, for longer than it computes
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # one process speaks
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new length for longer than it computes
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # only rank 0 prints
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.resume and args.output_dir is None:
         sys.exit("error: --resume needs --output-dir")
-    for flag, value in asdict(args).items():  # on such values, training would be nonsense in silence
-        low = int(flag in ("batch_size", "micro_batch_tokens", "eval_steps", "max_new_tokens"))
+    for flag, value in asdict(args).items():  # on such values, training would silently be nonsense
+        low = int(flag.endswith(("batch_size", "_tokens", "eval_steps", "ppo_epochs", "per_step", "iterations")))
         high = 1 if flag in ("label_smoothing", "warmup_ratio") else sys.float_info.max
-        if isinstance(value, int | float) and not low <= value <= high and not flag.endswith("score"):
+        numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
+        if not all(low <= x <= high for x in numbers) and not flag.endswith("score"):  # a score may be negative
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
     path = args.model_name_or_path
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -612,45 +611,46 @@ def start_run(args: Args) -> Run:
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several
         stop_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
     toy = getattr(config, "cleanpo_toy", False)
-    first = [{"output_dir": f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"}]
-    first[0]["micro_batch_tokens"] = min(32_768, torch.cuda.mem_get_info()[1] // 2_500_000) if CUDA else 1024
-    dist.broadcast_object_list(first)  # all processes have those of the first one
-    settled = {flag: values[2 if toy else args.lora_rank > 0] for flag, values in args.DEFAULTS.items()}
-    settled |= {"judge_name_or_path": str(TOY / "judge") if toy else None} | first[0]
+    shared = [{"output_dir": f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"}]
+    shared[0]["micro_batch_tokens"] = min(32_768, torch.cuda.mem_get_info()[1] // 2_500_000) if CUDA else 1024
+    dist.broadcast_object_list(shared)  # those of rank 0: clock and memory may differ
+    settled = {flag: values[2 if toy else 1 if args.lora_rank else 0] for flag, values in args.DEFAULTS.items()}
+    settled |= {"judge_name_or_path": str(TOY / "judge") if toy and TOY.exists() else None} | shared[0]
     settled = {flag: value for flag, value in settled.items() if getattr(args, flag) is None}
     tqdm.write(", ".join([f"{flag} {value}" for flag, value in settled.items()]))
     args = replace(args, **settled)
-    saved_steps = [int(path.name.split("-")[1]) for path in Path(args.output_dir).glob("checkpoint-*") if args.resume]
-    return Run(args, Path(args.output_dir), tokenizer, stop_ids, max(saved_steps, default=0))
+    steps = [int(folder.name.split("-")[1]) for folder in Path(args.output_dir).glob("checkpoint-*")]
+    return Run(args, Path(args.output_dir), tokenizer, stop_ids, max(steps, default=0) if args.resume else 0)
 
 
-def open_folder(run: Run, pairs: list[Pair]) -> None:
-    """Take the run's folder and write down what repeats the run; to resume one, see that it is the same."""
+def open_folder(run: Run, data: list) -> None:
+    """Take the run's folder, and record flags, data and version in it; refuse to resume with others."""
     run_id, file, args = run.folder.name, run.folder / "args.json", asdict(run.args) | {"resume": False}
-    record = {"args": args, "data": hashlib.sha256(repr(pairs).encode()).hexdigest(), "torch": torch.__version__}
+    record = {"args": args, "data": hashlib.sha256(repr(data).encode()).hexdigest(), "torch": torch.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
     if stored and (not run.args.resume or (run.folder / "model").exists()):
         sys.exit(f"error: {run.folder} holds a run: name another --output-dir, or --resume it if it has no model/ yet")
     if stored and stored != record:
-        changed = [name for name, value in args.items() if stored["args"][name] != value] or ["data, devices or torch"]
-        sys.exit(f"error: {', '.join(changed)} changed since the run in {run.folder} began")
+        changed = [name for name, value in args.items() if stored["args"].get(name) != value]
+        sys.exit(f"error: {', '.join(changed) or 'data, devices or torch'} changed since the run in {run.folder} began")
     mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
     wandb.init(id=run_id, name=run_id, resume="allow" if stored else "never", config=record, mode=mode)
+    tqdm.write(f"the first row: {run.tokenizer.decode(data[0].prompt_ids + data[0].chosen_ids)!r}")
     tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / Path(__file__).name).write_text(Path(__file__).read_text())
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
-        for rows in run.folder.glob("*.jsonl") if stored else []:  # what came after the checkpoint comes again
-            lines = [line for line in rows.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]
-            rows.write_text("".join(lines if run.saved_step > 0 else []))
+        for log in run.folder.glob("*.jsonl") if stored else []:  # drop what the resumed steps will log again
+            lines = [line for line in log.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]
+            log.write_text("".join(lines if run.saved_step > 0 else []))
         file.write_text(json.dumps(record, indent=1))
     dist.barrier()
 
 
 def save_model(run: Run, model: Any, folder: Path) -> None:
-    """Save a model in the dtype of the computation, of LoRA the adapter, with the tokenizer, and in one piece."""
+    """Save a model (with LoRA only the adapter) in the dtype of the computation, and its tokenizer."""
     names, unfinished = model.state_dict().keys(), run.folder / "unfinished"
     with inference(model):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -662,7 +662,7 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 
 
 # region method: functions
-import gc  # noqa: E402 - the shared imports above have no use for it
+import gc  # noqa: E402 - the shared imports above do not need it
 
 
 def train_on_pairs(
@@ -677,10 +677,10 @@ def train_on_pairs(
         batch, parts = [pairs[i] for i in batches[step - start - 1]], []
         for indices in micro_batches([len(pair) for pair in batch], args.micro_batch_tokens):
             losses, metrics = loss_of([batch[i] for i in indices], batch)
-            (losses.sum() * WORLD_SIZE / len(batch)).backward()  # FSDP takes the mean over the devices
+            (losses.sum() * WORLD_SIZE / len(batch)).backward()  # mean of the step: FSDP divides by WORLD_SIZE
             parts.append({"loss": losses} | metrics)
-        metrics = means_of("train", parts, len(batch))
-        metrics |= update(run, models, optimizer, learning_rates[step - start - 1])
+        metrics = update(run, models, optimizer, learning_rates[step - start - 1])
+        metrics |= means_of("train", parts, len(batch))
         if step % args.eval_steps == 0 or step == last_step:
             metrics |= measure(step=step)
         run.log(step, metrics)
@@ -689,7 +689,7 @@ def train_on_pairs(
 
 
 def save_stage(run: Run, model: Any, kind: Any, base_path: str, tokenizer: Any, name: str) -> str:
-    """Write a stage's model for later stages, whole (LoRA merged); gives its folder."""
+    """Write a stage's model for later stages, whole (LoRA merged); returns its folder."""
     folder = run.folder / name
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
@@ -716,7 +716,7 @@ def sft_loss_of(policy: Any, pairs: list[Pair], step_pairs: list[Pair]) -> tuple
 
 
 def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str, int]:
-    """Make the chosen answers likely; gives the result's folder and the last step."""
+    """Make the chosen answers likely; returns the result's folder and the last step."""
     args, path = run.args, run.args.model_name_or_path
     batches = plan_batches(replace(args, num_train_epochs=args.sft_epochs), len(pairs))
     if run.saved_step > len(batches):  # a later checkpoint: this stage was saved before it
@@ -733,13 +733,13 @@ def train_sft(run: Run, pairs: list[Pair], test_pairs: list[Pair]) -> tuple[str,
 
 
 def add_head(run: Run, path: str) -> str:
-    """Write the language model at a path with a new scalar head, as Huang et al. initialise it; gives the folder."""
+    """Write the language model at a path with a new scalar head, as Huang et al. initialise it; returns the folder."""
     folder = run.folder / "reward_model_init"
     if RANK == 0:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="auto")
         torch.manual_seed(run.args.seed)
         model.score.weight.data.normal_(std=1 / math.sqrt(model.score.in_features + 1))
-        # Transformers reads the score at the last token that is not padding, so no answer may end with that.
+        # Transformers reads the score at the last token that is not padding, so no answer may end with padding.
         model.config.pad_token_id = min(set(range(10)) - set(run.stop_ids))
         model.save_pretrained(folder)
     dist.barrier()
@@ -756,13 +756,13 @@ def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
         answer = render(tokenizer, prompt, [{"role": "assistant", "content": "."}])[1]
     ids = tokenizer(answer, add_special_tokens=False).input_ids[1:] + run.stop_ids[:1]  # as in encode_rows
     stop = tokenizer.convert_ids_to_tokens(cut_answer(ids, run.stop_ids)[-1])
-    ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more behind it, or none
+    ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more after it, or none
     tokenizer.chat_template = "{% set text %}" + template + "{% endset %}" + ending
     return tokenizer
 
 
 def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
-    """A model with a scalar head, whose rows are packed; it must mean the same by them as by its own forward."""
+    """A model with a scalar head, for packed rows; they must get the same scores as in its own forward."""
     gc.collect()  # models of the stages before, which FSDP's hooks keep alive
     model = load_model(run, path, AutoModelForSequenceClassification, trainable)
     rows, alone = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], []
@@ -777,7 +777,7 @@ def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
 
 
 def token_scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
-    """What a scalar head says before each of the answer's C tokens of each row (prompt, answer), (C,) in float32."""
+    """A scalar head's outputs before each of the answer's C tokens, for each row (prompt, answer), (C,) in float32."""
     return read_answers(model, rows, lambda states, tokens: model.score(states).squeeze(-1).float())
 
 
@@ -787,7 +787,7 @@ def rewards_of(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Ten
 
 
 def reward_loss_of(model: Any, pairs: list[Pair], step_pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each pair, (B,); those of its step do not matter here."""
+    """Loss and metrics of each pair, (B,); the step's pairs are not needed here."""
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     chosen, rejected = rewards_of(model, rows).chunk(2)
@@ -805,7 +805,7 @@ def measure_reward_model(run: Run, model: Any, test_pairs: list[Pair], step: int
 
 
 def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[Pair], start: int) -> tuple[str, int]:
-    """A reward model that starts from a language model; gives its folder and the last step."""
+    """A reward model that starts from a language model; returns its folder and the last step."""
     args = run.args
     batches = plan_batches(replace(args, num_train_epochs=args.reward_epochs), len(pairs))
     if run.saved_step > start + len(batches):
@@ -843,7 +843,7 @@ def gather(share: dict[int, Any]) -> list:
 def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[int]]]:
     """Rows of each prompt and a response to it; the processes share the prompts."""
     share = range(RANK, len(prompts), WORLD_SIZE)
-    with inference(model), torch.compiler.set_stance("force_eager"):  # for steps of a token each
+    with inference(model), torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
         responses = generate(run, model, [prompts[i] for i in share], seed * WORLD_SIZE + RANK, temperature=1.0)
     return list(zip(prompts, gather(dict(zip(share, responses, strict=True))), strict=True))
 
@@ -868,14 +868,14 @@ def find_rewards(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> 
 
 
 def find_shift(run: Run, reward_model: Any, reference: Any, pairs: list[Pair]) -> float:
-    """Mean reward of the SFT model's own answers to the pairs' prompts; of those that end, if there are some."""
+    """Mean reward of the SFT model's own answers to the pairs' prompts; only of those that end, if there are some."""
     rows = respond(run, reference, [pair.prompt_ids for pair in pairs], run.args.seed)
     ended = [row for row in rows if row[1][-1] in run.stop_ids]
     return statistics.fmean(find_rewards(run, reward_model, pairs, ended if len(ended) >= WORLD_SIZE else rows))
 
 
 def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int) -> tuple[list[Rollout], dict]:
-    """Let the policy answer the prompts, and find what each token was worth."""
+    """Let the policy answer the prompts, and estimate the advantage of each token."""
     args, share = run.args, {}
     rows = respond(run, models["policy"], [pair.prompt_ids for pair in pairs], seed)
     with inference(models["policy"]), inference(models["value_model"]):
@@ -893,7 +893,7 @@ def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int)
     kls = [logp - ref_logp for logp, ref_logp in zip(logps, ref_logps, strict=True)]  # k1, token by token
     token_rewards = [-args.kl_coef * kl for kl in kls]
     for reward, score in zip(token_rewards, scores, strict=True):
-        reward[-1] += score  # on the last token, as a rule that of the end
+        reward[-1] += score  # on the last token, usually the stop token
     tables = [torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in (token_rewards, values)]  # (N, C)
     advantages, returns = estimate_advantages(*tables, args.gamma, args.gae_lambda)
     flat = torch.cat([line[: len(value)] for line, value in zip(advantages, values, strict=True)])
@@ -944,7 +944,7 @@ def train_ppo(run: Run, sft_path: str, reward_path: str, pairs: list[Pair], test
     if reward_path.endswith(".py"):
         value_model = load_scorer(run, add_head(run, sft_path), trainable=True)
         for head in [weight for name, weight in value_model.named_parameters() if "score" in name]:
-            head.data.zero_()  # so that advantages are those of the rewards alone at first
+            head.data.zero_()  # at first, advantages come from the rewards only
     else:
         value_model, reward_model = load_scorer(run, reward_path, trainable=True), load_scorer(run, reward_path)
         shift = find_shift(run, reward_model, reference, pairs[:256])
@@ -961,10 +961,10 @@ def train_ppo(run: Run, sft_path: str, reward_path: str, pairs: list[Pair], test
             for indices in groups_of(run, rollouts):
                 some = [rollouts[i] for i in indices]
                 losses, metrics = ppo_loss_of(run, models, shift, some, facts["train/response_length"])
-                (losses.sum() * WORLD_SIZE / len(rollouts)).backward()  # FSDP takes the mean over the devices
+                (losses.sum() * WORLD_SIZE / len(rollouts)).backward()  # mean of the step: FSDP divides by WORLD_SIZE
                 parts.append({"loss": losses} | metrics)
-            metrics = means_of("train", parts, len(rollouts))
-            metrics |= update(run, trained, optimizer, learning_rates[step - start - 1])
+            metrics = update(run, trained, optimizer, learning_rates[step - start - 1])
+            metrics |= means_of("train", parts, len(rollouts))
         metrics |= facts
         if step % args.eval_steps == 0 or step == last_step:
             metrics |= measure(step=step)

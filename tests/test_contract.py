@@ -4,8 +4,6 @@ import ast
 import difflib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, SCRIPTS, load_script, run_script
@@ -134,12 +132,6 @@ def test_no_path_of_a_machine():
     for name in SCRIPTS:
         for line in read_lines(name):
             assert not re.search(r"/(home|root|work|mnt|tmp|opt|usr|Users)/", line), line
-
-
-def test_ruff():
-    for command in (["check"], ["format", "--check"]):
-        result = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @every_script

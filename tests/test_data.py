@@ -1,9 +1,11 @@
 """From rows to pairs of token ids, and from pairs to the batches of each step and device."""
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 from conftest import TOY, chat, load_script, start
 from transformers import LlamaTokenizer
@@ -43,6 +45,23 @@ def test_sentencepiece_puts_no_space_before_an_answer():
     assert tokenizer("Hi</s>", add_special_tokens=False).input_ids != pair.chosen_ids
 
 
+def test_a_bos_comes_before_a_text_once():
+    run, special = start("dpo", TOY / "policy"), "<|system|>"
+    run.tokenizer.bos_token, number = special, run.tokenizer.convert_tokens_to_ids(special)
+    template = {"single": f"{special} $A", "special_tokens": [(special, number)]}
+    run.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    for prompt in ("a", f"{special}a"):
+        (pair,) = dpo.encode_rows(run, [FORMS["text"] | {"prompt": prompt}], "train")
+        assert run.tokenizer.decode(pair.prompt_ids) == f"{special}a"
+
+
+def test_a_template_that_changes_an_answered_prompt_ends_the_run():
+    run = start("dpo", TOY / "policy")
+    run.tokenizer.chat_template = "{{ messages | length }}" + run.tokenizer.chat_template
+    with pytest.raises(SystemExit, match="error: the tokenizer's chat template renders a prompt differently"):
+        dpo.encode_rows(run, [FORMS["messages"]], "train")
+
+
 def test_a_template_may_write_the_date():
     """So that the prompts of a resumed run are others: --resume looks at the repr of its pairs."""
     run, pairs = start("dpo", TOY / "policy"), []
@@ -72,9 +91,10 @@ def test_bad_rows_end_the_run(message):
 
 
 def test_long_and_equal_pairs_are_dropped():
-    run = start("dpo", TOY / "policy", max_length=12)
-    rows = [{"prompt": "a", "chosen": "b " * n, "rejected": "c"} for n in (1, 3, 40)]
-    rows.append({"prompt": "a", "chosen": "b", "rejected": "b"})
+    run = start("dpo", TOY / "policy", max_length=12)  # six tokens of the prompt, five of an answer, and its stop token
+    rows = [{"prompt": "a a a a a a", "chosen": " ".join("b" * n), "rejected": "c"} for n in (1, 5, 6)]
+    rows += [{"prompt": "a", "chosen": "c", "rejected": " ".join("b" * 11)}]
+    rows += [{"prompt": "a", "chosen": "b", "rejected": "b"}]
     assert [pair.row for pair in dpo.encode_rows(run, rows, "train")] == [0, 1]
 
 
@@ -115,6 +135,7 @@ def test_batches_leave_out_other_pairs_in_each_epoch(monkeypatch):
     assert [len(batch) for batch in batches] == [8, 8, 8, 8]
     assert all(len(set(sum(epoch, []))) == 16 for epoch in (batches[:2], batches[2:]))
     assert set(sum(batches[:2], [])) != set(sum(batches[2:], []))
+    assert dpo.plan_batches(dpo.Args(batch_size=8, num_train_epochs=2, seed=2), 19) != batches
     batches = dpo.plan_batches(dpo.Args(batch_size=8), 21)  # a last step with at least a pair for each device is taken
     assert [len(batch) for batch in batches] == [8, 8, 5]
 
@@ -142,9 +163,11 @@ def test_an_answer_may_call_a_tool_instead_of_saying_something():
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("beta", -1.0), ("label_smoothing", 2.0), ("lora_rank", -1), ("beta", float("nan"))]
-    + [(flag, 0) for flag in ("batch_size", "eval_steps", "max_new_tokens", "micro_batch_tokens")],
+    "name, flag, value",
+    [("dpo", "beta", -1.0), ("dpo", "label_smoothing", 2.0), ("dpo", "lora_rank", -1), ("dpo", "beta", float("nan"))]
+    + [("dpo", flag, 0) for flag in ("batch_size", "eval_steps", "max_new_tokens", "micro_batch_tokens")]
+    + [("spin", "beta", [0.1, -1.0]), ("rlhf_ppo", "ppo_epochs", 0), ("grpo", "num_iterations", 0)],
 )  # fmt: skip
-def test_flags_out_of_range(flag, value):
-    with pytest.raises(SystemExit, match=f"^error: --{flag.replace('_', '-')} {value} is not from"):
-        start("dpo", TOY / "policy", **{flag: value})
+def test_flags_out_of_range(name, flag, value):
+    with pytest.raises(SystemExit, match=re.escape(f"error: --{flag.replace('_', '-')} {value} is not from")):
+        start(name, TOY / "policy", **{flag: value})

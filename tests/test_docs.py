@@ -7,6 +7,7 @@ from conftest import ROOT, SCRIPTS
 
 MORE = ["sample", "benchmarks/plot", "docs/iterated_dpo"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MORE_PAGES = [ROOT / "DIFFS.md", ROOT / "toy/README.md", *sorted((ROOT / "benchmarks").rglob("*.md"))]
 # Of torchrun, Slurm and git.
 OTHERS = {"nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port", "nodes", "ntasks-per-node"}
 OTHERS |= {"gpus-per-node", "requeue"}
@@ -19,12 +20,12 @@ def test_flags_exist(page):
     assert not set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", page.read_text(encoding="utf-8"))) - known - OTHERS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + MORE_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
             path, _, anchor = link.partition("#")
-            target = page.parent / path
+            target = page.parent / path if path else page
             assert target.exists(), link
             headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
             anchors = [re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings]

@@ -7,12 +7,6 @@ pyplot = pytest.importorskip("matplotlib.pyplot")
 plot = load_script("benchmarks/plot")
 
 
-@pytest.fixture(autouse=True)
-def no_figures():
-    yield
-    pyplot.close("all")
-
-
 def write_run(folder, evals, **metrics):
     rows = [{"step": step, "train/loss": 1 / step} | metrics for step in range(1, 4)]
     write_rows(folder / "metrics.jsonl", [{"step": 0} | evals[0], *rows, {"step": 4, "train/loss": 0.1} | evals[1]])

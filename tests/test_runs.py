@@ -280,7 +280,8 @@ def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
 
 def test_files_in_a_folder_without_a_run_are_left_alone(tmp_path):
     (tmp_path / "mine.jsonl").write_text("mine")
-    load_script("dpo").open_folder(start("dpo", TOY / "policy", output_dir=str(tmp_path)), [])
+    dpo, run = load_script("dpo"), start("dpo", TOY / "policy", output_dir=str(tmp_path))
+    dpo.open_folder(run, [dpo.Pair(0, "a", {}, [5], [6], [7], 1.0)])
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
@@ -305,7 +306,7 @@ def test_defaults_work_alone(name, tiny_model, tmp_path):
     (record,) = tmp_path.glob("runs/*/args.json")
     args = json.loads(record.read_text())["args"]
     assert {flag: args[flag] for flag in DEFAULTS[name]} == DEFAULTS[name]
-    assert args["judge_name_or_path"] is None or name == "grpo"  # whose samples the reward scores
+    assert args["judge_name_or_path"] == ("reward.py" if name == "grpo" else None)  # the reward scores the samples
 
 
 def test_a_loss_that_is_not_finite(data):
@@ -328,6 +329,15 @@ def test_a_gradient_that_is_not_finite():
     assert all(torch.equal(weight, other) for weight, other in zip(policy.parameters(), before, strict=True))
 
 
+def test_a_step_is_taken_at_its_learning_rate_and_unclipped_if_so_wished():
+    """AdamW's first step moves each weight by the rate, whatever its gradient is, but not if that is 0."""
+    dpo, run, model = load_script("dpo"), start("dpo", TOY / "policy", max_grad_norm=0.0), torch.nn.Linear(3, 1)
+    before, model.weight.grad = model.weight.detach().clone(), torch.full((1, 3), 5.0)
+    optimizer, _, _ = dpo.start_training(run, {"policy": model}, lr=1.0, steps=1)
+    dpo.update(run, {"policy": model}, optimizer, learning_rate=0.25)
+    torch.testing.assert_close(model.weight.detach(), before - 0.25)
+
+
 def test_a_python_file_as_the_judge(data, tmp_path):
     """It gets the rows' other columns, and its scores decide on the wins."""
     dpo, rows = load_script("dpo"), [row | {"word": "great"} for row in read_rows(data / "train.jsonl")]
@@ -341,7 +351,11 @@ def test_a_python_file_as_the_judge(data, tmp_path):
         score, first_score = [each["response"].count("great") for each in (row, first)]
         assert row["judge_score"] == score and row["prompt"].startswith("<|user|>")
         assert row["win_rate"] == (0.5 if score == first_score else score > first_score)
-    assert len({row["win_rate"] for row in samples}) > 1
+    wins = torch.tensor([row["win_rate"] for row in samples[20:]])
+    expected = 1.96 * wins.std(correction=0).item() / 20**0.5
+    assert (
+        read_rows(tmp_path / "run/metrics.jsonl")[1]["eval/win_rate_ci95"] == pytest.approx(expected) and expected > 0
+    )
 
 
 def test_no_evaluation_on_samples(data, tmp_path):
@@ -370,7 +384,8 @@ def test_numbers_of_samples(tiny_model, data, tmp_path, monkeypatch):
     run = start("dpo", tiny_model(), **flags)
     _, pairs = dpo.load_pairs(run)
     dpo.open_folder(run, pairs)
-    monkeypatch.setattr(dpo, "generate", lambda *_, **__: answers)
+    asked = []  # of the policy: prompts and seed, temperature
+    monkeypatch.setattr(dpo, "generate", lambda *given, **more: asked.append((*given[2:], more)) or answers)
     policy = dpo.load_model(run, tiny_model(initializer_range=0.2))
     metrics = dpo.evaluate(run, policy, pairs, lambda some: (torch.zeros(len(some)), {}), step=0)
     models = [load_plain(tiny_model(**changes)) for changes in ({"initializer_range": 0.2}, {})]
@@ -379,6 +394,7 @@ def test_numbers_of_samples(tiny_model, data, tmp_path, monkeypatch):
         new, old = [naive_logps(model, pair.prompt_ids, answer).sum().item() for model in models]
         kls.append(new - old)
     assert metrics["eval/kl"] == pytest.approx(sum(kls) / 3, rel=1e-4) and abs(sum(kls)) > 1
+    assert asked == [([pair.prompt_ids for pair in pairs], run.args.seed, {"temperature": 1.0})]
     assert metrics["eval/response_length"] == 3 and metrics["eval/eos_rate"] == pytest.approx(2 / 3)
 
 
@@ -387,6 +403,7 @@ def test_tracking_without_a_login_leaves_nothing_behind(data, tmp_path):
     environment |= {"WANDB_API_KEY": "", "WANDB_SILENT": "true", "HOME": str(tmp_path), "NETRC": str(tmp_path / "n")}
     command = [sys.executable, ROOT / "dpo.py", "--track", "--output-dir", "run", *flags_of("dpo", data)]
     options = {"cwd": tmp_path, "env": environment, "text": True, "capture_output": True, "stdin": subprocess.DEVNULL}
+    options["timeout"] = 300
     ended = subprocess.run(list(map(str, command)), **options)
     assert ended.returncode != 0 and "No API key configured" in ended.stderr and not (tmp_path / "run").exists()
 

@@ -1,5 +1,6 @@
 """benchmarks/sentiment: the stored labels, the data made from them, the planned runs, a place beside DPO's frontier."""
 
+import json
 import math
 import statistics
 import sys
@@ -34,7 +35,9 @@ def test_labels_are_as_noisy_as_bradley_terry_says(tmp_path):
     assert prompts == [str(row["prompt"]) for row in read_rows(tmp_path / "thumbs" / "test.jsonl")]
 
 
-def test_commands_parse():
+def test_stored_runs_are_those_of_the_plan_and_of_the_page():
+    runs, page = json.loads(frontier.RESULTS.read_text()), (frontier.HERE / "README.md").read_text()
+    assert set(runs) == set(frontier.plan()) and page.split("## Results\n")[1] == frontier.write_tables(runs)
     for _, script, *flags in map(str.split, frontier.plan()):
         tyro.cli(load_script(script.removesuffix(".py")).Args, args=flags)
 

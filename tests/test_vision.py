@@ -7,7 +7,6 @@ import torch
 from conftest import ROOT, chat, load_script, read_rows, start, weights_of, write_rows
 from datasets import Dataset
 
-pytest.importorskip("PIL")
 demo = pytest.importorskip("PIL") and load_script("docs/vision_demo")
 BROKEN = {"nowhere.png": ["nowhere.png"], "cannot identify image": [b"no picture"], "no images were passed": []}
 
