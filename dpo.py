@@ -75,7 +75,7 @@ class Args:
     dataset_name: str = str(TOY)  # preference pairs: hub id, .jsonl, .json, .csv or .parquet file, or folder of these
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str = "test"  # split to evaluate on; if there is none, the last 10 % of the pairs, at most 512
-    max_length: int = 1024  # longest prompt with answer, in tokens; longer pairs are dropped
+    max_length: int = 1024  # most tokens of prompt and answer, up to the model's positions; longer pairs are dropped
     # --- optimisation ---
     batch_size: int = 64  # pairs per optimiser step, over all devices
     micro_batch_tokens: int | None = None  # tokens in a pass, about; None = 1024, on a GPU up to 32768, by its memory
@@ -158,7 +158,6 @@ class Pair:
 
 
 def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and pairs to test on."""
     args, path = run.args, Path(run.args.dataset_name)
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     if kind and not (path.is_file() and path.stat().st_size > 0):
@@ -178,7 +177,6 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
 
 # region method: rows
 def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
-    """Pairs of token ids from the rows of a split."""
     pairs, count = [], 0
     for row in rows:
         where = f"row {count} of split {split}"
@@ -270,6 +268,7 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
             model.set_attn_implementation(own_attention)
             if trainable and WORLD_SIZE > 1:  # row by row, the processes would get out of step
                 sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
+            tqdm.write(f"rows of {path} cannot be packed ({type(model).__name__}): each passes by itself, more slowly")
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     options = {"emulate_precision_casts": True}  # rounded alike with and without gradients
     for layer_class in {type(layer) for layer in layers} if CUDA and compute_dtype == torch.bfloat16 else []:
@@ -547,14 +546,15 @@ def start_run(args: Args) -> Run:
     transformers.utils.logging.disable_progress_bar()
     if args.resume and args.output_dir is None:
         sys.exit("error: --resume needs --output-dir")
-    for flag, value in asdict(args).items():  # on such values, training would silently be nonsense
+    path = args.model_name_or_path
+    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for flag, value in asdict(args).items():  # on other values, training would silently be nonsense
         low = int(flag.endswith(("batch_size", "_tokens", "eval_steps", "ppo_epochs", "per_step", "iterations")))
-        high = 1 if flag in ("label_smoothing", "warmup_ratio") else sys.float_info.max
+        high = {"label_smoothing": 1, "warmup_ratio": 1, "max_length": positions}.get(flag, sys.float_info.max)
         numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
         if not all(low <= x <= high for x in numbers) and not flag.endswith("score"):  # a score may be negative
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
-    path = args.model_name_or_path
-    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     stop_ids = [tokenizer.eos_token_id]
     if transformers.utils.cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several

@@ -20,7 +20,11 @@ class Args:
     num_prompts: int = 128  # answered at a time
     max_prompt_length: int = 256  # longest prompt that is taken, in tokens
     max_new_tokens: int = 128  # longest answer
-    micro_batch_tokens: tuple[int, ...] = (4096, 8192, 16384)  # of the flag of this name: generate takes four times it
+    micro_batch_tokens: tuple[int, ...] = (
+        4096,
+        8192,
+        16384,
+    )  # of the flag of this name: generate takes twice it, at least 8192
 
 
 def main(args: Args) -> None:

@@ -62,7 +62,7 @@ class Method:
     title: str
     script: str  # with its flags
     data: str = PAIRS
-    first_step: int = 1  # evaluations before this step are not of this method
+    first_step: int = 1  # evaluations before this step are not counted
 
 
 METHODS = {
@@ -77,7 +77,8 @@ METHODS = {
     "oaif": Method("OAIF", f"oaif.py --beta 0.1 {STEPS_16} --annotator-name-or-path {REWARD}"),
     "grpo": Method("GRPO", f"grpo.py {GRPO} --reward-name-or-path {REWARD}"),
     "ppo_true": Method("PPO, true reward", f"rlhf_ppo.py {PPO} {TRUE}"),
-    "ppo_learned": Method("PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED}", first_step=10),  # 8 are stage 2's
+    # Stage 2 has 8 steps. Without the evaluation after PPO's first, three are left, as with the true reward.
+    "ppo_learned": Method("PPO, learned reward", f"rlhf_ppo.py {PPO} {LEARNED}", first_step=10),
 }
 NOISE = {}
 for percent in make_data.FLIPPED:
