@@ -22,7 +22,7 @@ docstrings at the top, with two lines of context and the line numbers of the fil
 this page from the scripts.
 
 $`x`$ is a prompt, $`y_w`$ the chosen and $`y_l`$ the rejected answer, $`\pi`$ the policy, $`\pi_\text{ref}`$ the frozen
-reference, which is the initial policy unless something else is said, and $`\sigma`$ the logistic function. $`p`$ is 1,
+reference, which is the initial policy unless stated otherwise, and $`\sigma`$ the logistic function. $`p`$ is 1,
 or another probability with `--label-smoothing` or soft labels. $`L`$ is the loss of a pair: a step lowers its mean.
 
 | script | method | lines | changed lines |
@@ -64,7 +64,7 @@ the two methods can be compared.
         r"""
 There is no reference, and nothing is computed for the pairs before training. The reward of an answer is the mean
 log-probability of its tokens, so that length by itself earns nothing, and the chosen answer has to win by a margin
-$`\gamma`$. What keeps the policy near the initial one is not $`\beta`$, but a small learning rate and few steps.
+$`\gamma`$. A small learning rate and few steps, not $`\beta`$, keep the policy near the initial one.
 """,
     ),
     "kto": (
@@ -95,10 +95,10 @@ unequal numbers of both kinds.
 && L &= -p \log\sigma(\beta h) - (1 - p) \log\sigma(-\beta h)
 """,
         r"""
-Only the reference changes: it is a guide, which DPO or SimPO has trained on the same pairs before (`train_guide`). The
-policy starts from the initial model all the same. So $`h`$ is not 0 at first, and $`\sigma(-\beta h)`$, the weight of a
+Only the reference changes: it is a guide, trained on the same pairs beforehand by DPO or SimPO (`train_guide`). The
+policy still starts from the initial model. So $`h`$ is not 0 at first, and $`\sigma(-\beta h)`$, the weight of a
 pair's gradient, which is logged, is not the same for all. `train_stage` is the training loop of dpo.py, called for the
-guide and then for the policy. By then all that is needed of the guide is how likely it finds the answers of the pairs,
+guide and then for the policy. By then only the guide's log-probabilities of the pairs' answers are needed,
 so it takes no memory.
 """,
     ),
@@ -110,8 +110,8 @@ so it takes no memory.
 && L &= -\log\sigma(\beta h)
 """,
         r"""
-The loss is DPO's without soft labels; the pairs are others. The chosen answer $`y`$ is the ground truth of supervised
-data, and the rejected one $`y'`$ is the policy's own. In iteration $`t`$ of `main` the policy as it stands is the
+The loss is DPO's without soft labels; the pairs differ. The chosen answer $`y`$ is the ground truth of supervised
+data, and the rejected one $`y'`$ is the policy's own. In iteration $`t`$ of `main` the current policy is the
 opponent $`\pi_t`$: it answers the prompts (`play`), and is the reference. Then the policy is trained to prefer the
 truth (`train_iteration`, with the training loop of dpo.py), and is the next opponent. The pairs are kept in a file,
 because the policy that wrote them is gone when a run is resumed.
@@ -146,11 +146,11 @@ u_t = \frac{\pi_\text{ref}(y_t \mid x, y_{\lt t})}{\pi(y_t \mid x, y_{\lt t})} \
 \text{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon_\text{high}) A_i\bigr) + \beta (u_t - \log u_t - 1) \Bigr]
 """,
         r"""
-There are no pairs: a row is a prompt, and what the reward function wants to know of it. In every step the policy, as
+There are no pairs: a row is a prompt, and whatever the reward function needs. In every step the policy, as
 $`\pi_\text{old}`$, answers each prompt $`G`$ times (`respond`), and the answers get rewards $`r_i`$ (`score_answers`).
 The advantage $`A_i`$ says how an answer compares with the others of its group (`group_advantages`): that takes the
 place of PPO's value model. $`L_i`$ is the loss of an answer. In dr_grpo, rloo and dapo the advantage, the divisor
-$`|y|`$, the place of the KL divergence and the defaults are others: grpo.py begins with a table of them.
+$`|y|`$, the place of the KL divergence and the defaults differ: grpo.py begins with a table of them.
 """,
     ),
     "rlhf_ppo": (
@@ -170,7 +170,7 @@ R_t = A_t + V^\text{old}_t \\
 """,
         r"""
 This is the long way that DPO cuts short: there the policy is its own reward model, so that one loss on pairs will do.
-Here the reward model is a model of its own, trained with the same Bradley-Terry likelihood (`compute_reward_loss`), and
+Here the reward model is a separate model, trained with the same Bradley-Terry likelihood (`compute_reward_loss`), and
 the policy learns to please it by reinforcement learning, at a price $`\kappa`$, `--kl-coef`, on its KL divergence from
 the SFT model $`\pi_\text{ref}`$. In each step the policy, as $`\pi_\text{old}`$, answers prompts (`roll_out`), a value
 model $`V`$ tells what each token was worth (`estimate_advantages`), and $`\hat{A}_t`$, which is $`A_t`$ whitened over
