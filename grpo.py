@@ -1,10 +1,10 @@
 # region method: header
 """Group-relative policy optimisation (GRPO), Shao et al. 2024, https://arxiv.org/abs/2402.03300, and three of its kin
 
-Reinforcement learning from a reward that is a function, without a value model. In each step the policy pi_old answers
-each of its prompts G = --num-generations times. The reward r of an answer is compared only with those of its group:
-that is its advantage A, one for all its tokens. Then come --num-iterations updates, each on all answers of the step.
-An answer's loss is a sum over its tokens, divided as the table says, and a step's loss is the mean of its answers':
+Reinforcement learning from a reward function, without a value model. In each step the policy, as pi_old, answers each
+of the step's prompts G = --num-generations times. The reward r of an answer is compared only with those of its group,
+which gives its advantage A, the same for all its tokens. Then come --num-iterations updates, each on all answers of the
+step. An answer's loss is a sum over its tokens, divided as the table says; a step's loss is the mean over its answers:
 
     -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta k3        with ratio = pi / pi_old
     k3 = pi_ref / pi - log(pi_ref / pi) - 1, which estimates the KL divergence from pi_ref, the initial policy
@@ -15,15 +15,15 @@ An answer's loss is a sum over its tokens, divided as the table says, and a step
     rloo         r - mean of the others     1                          0.03  Ahmadian et al., arXiv:2402.14740
     dapo         as grpo                    the step's mean length     0     Yu et al., arXiv:2503.14476
 
-By default there is one update, as in GRPO's paper (DAPO's: 16, each on other answers): then all ratios are 1, nothing
-is clipped, and dapo's epsilon_high, 0.28, has no effect. rloo subtracts beta log(pi_old / pi_ref) of an answer from its
-reward, and has no k3; its paper has neither ratio nor clip. Of DAPO there is only the loss (its paper divides by a
-group's tokens) and the filter of overlong answers, --mask-truncated-completions; its sampling until a group's rewards
-differ and its length penalty are not here. std is over G - 1, as in TRL. TRL 1.16 multiplies k3 by the ratio, so that
-its gradient is that of KL(pi || pi_ref); here it is, at ratio 1, that of KL(pi_ref || pi). With beta 0 there is no
-reference. This script has 64 answers a step (GRPO's authors: 1,024, with G 64), temperature 1, AdamW, gradient norm 1,
-10 % warm-up and linear decay. In a healthy run train/reward rises and train/reward_std stays away from 0; train/loss
-says little.
+By default there is one update, as in GRPO's paper (DAPO's: 16, each on different answers). Then all ratios are 1,
+nothing is clipped, and dapo's epsilon_high, 0.28, has no effect. rloo subtracts beta log(pi_old / pi_ref) of an answer
+from its reward, and has no k3; its paper has neither ratio nor clip. This script has only DAPO's loss (its paper
+divides by a group's tokens) and its filter of overlong answers, --mask-truncated-completions, but neither its sampling
+until a group's rewards differ nor its length penalty. std is over G - 1, as in TRL. TRL 1.16 multiplies k3 by the
+ratio, so that k3's gradient is that of KL(pi || pi_ref); here, at ratio 1, it is that of KL(pi_ref || pi). With beta 0
+there is no reference. This script has 64 answers a step (GRPO's authors: 1,024, with G 64), temperature 1, AdamW,
+gradient norm 1, 10 % warm-up and linear decay. In a healthy run train/reward rises and train/reward_std stays away from
+0; train/loss says little.
 
     python grpo.py                               # the built-in test bed, a few minutes on two CPU cores
     python grpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name PROMPTS.jsonl \
@@ -76,10 +76,10 @@ class Args:
     # --- GRPO ---
     reward_name_or_path: str | None = None  # reward model, or .py file with reward(prompts, completions, **columns)
     loss_type: Literal["grpo", "dr_grpo", "rloo", "dapo"] = "grpo"  # see above
-    num_generations: int = 8  # answers to each prompt, G; --batch-size is the answers of a step, so a multiple of it
+    num_generations: int = 8  # answers to each prompt, G; --batch-size counts answers, and must be a multiple of G
     num_iterations: int = 1  # updates on the answers of each step
     epsilon: float = 0.2  # the ratio is clipped at 1 - epsilon
-    epsilon_high: float | None = None  # and at 1 + this; None = epsilon, 0.28 for dapo
+    epsilon_high: float | None = None  # the ratio is clipped at 1 + this; None = epsilon, 0.28 for dapo
     beta: float | None = None  # KL coefficient; None = 0.04, 0, 0.03 or 0, see above
     mask_truncated_completions: bool = False  # answers cut off at --max-new-tokens have no gradient
     learning_rate: float | None = None  # None = 1e-6 (1e-5 with LoRA), 3e-4 on the test bed
@@ -147,7 +147,7 @@ def compute_loss(
     epsilon_high: float,
     beta: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and metrics of each token of some answers; all tensors have one shape."""
+    """Loss and metrics of each token of some answers; all tensors have the same shape."""
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     k3 = torch.exp(ref_logps - logps) - (ref_logps - logps) - 1
@@ -213,14 +213,14 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
 
 # region method: rows
 def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
-    """Prompts of token ids from the rows of a split, in Pairs without answers."""
+    """The prompts of a split's rows as token ids, in Pairs without answers."""
     pairs, count = [], 0
     for row in rows:
         prompt, columns = row.get("prompt"), {name: value for name, value in row.items() if name != "prompt"}
         if isinstance(row.get("chosen"), list) and not isinstance(prompt, list):  # conversations that end with answers
             prompt = row["chosen"][:-1]
         if not isinstance(prompt, str | list) or not prompt:
-            sys.exit(f"error: row {count} of split {split} has {[k for k in row if row[k]]}: prompt is needed")
+            sys.exit(f"error: row {count} of split {split} needs a prompt; has {[k for k in row if row[k]]}")
         (text,) = render(run.tokenizer, prompt)
         prompt_ids = run.tokenizer(text, add_special_tokens=False).input_ids
         if len(prompt_ids) + run.args.max_new_tokens <= run.args.max_length:
@@ -629,7 +629,7 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 
 # region method: functions
 class Rollout(NamedTuple):
-    """An answer of the policy. The tensors are of its C tokens, (C,), on the CPU."""
+    """An answer of the policy. The tensors hold a value for each of its C tokens, (C,), on the CPU."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -640,14 +640,14 @@ class Rollout(NamedTuple):
 
 
 def gather(share: dict[int, Any]) -> list:
-    """The items of all processes, each of which has some, in the order of their keys."""
+    """The items of all processes in the order of their keys; each process passes its own."""
     shares = [None] * WORLD_SIZE
     dist.all_gather_object(shares, list(share.items()))
     return [item for _, item in sorted(sum(shares, []))]
 
 
 def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[int]]]:
-    """Rows of each prompt and a response to it; the processes share the prompts."""
+    """A row (prompt, response) for each prompt; each process answers a part of the prompts."""
     share = range(RANK, len(prompts), WORLD_SIZE)
     with inference(model), torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
         responses = generate(run, model, [prompts[i] for i in share], seed * WORLD_SIZE + RANK, temperature=1.0)
@@ -655,7 +655,7 @@ def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[t
 
 
 def score_answers(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> list[float]:
-    """Rewards of the answers in rows (prompt, answer), to the prompts of pairs; each process has a share of them."""
+    """Rewards of the answers in rows (prompt, answer), one row for each pair; each process scores a part of them."""
     share = range(RANK, len(rows), WORLD_SIZE)
     texts = run.tokenizer.batch_decode([rows[i][1] for i in share], skip_special_tokens=True)
     rewards = judge(run, run.args.reward_name_or_path, [pairs[i] for i in share], texts, reward_model)
@@ -663,7 +663,7 @@ def score_answers(run: Run, reward_model: Any, pairs: list[Pair], rows: list) ->
 
 
 def find_logps(run: Run, model: Any, rows: list) -> list[torch.Tensor]:
-    """Log-probabilities of the answers in rows (prompt, answer), (C,) each, in the micro-batches of the updates."""
+    """Log-probabilities of the answers in rows (prompt, answer), (C,) each, in the same micro-batches as updates."""
     lengths, share = [len(prompt) + len(answer) for prompt, answer in rows], {}
     with inference(model):
         for indices in micro_batches(lengths, run.args.micro_batch_tokens):
@@ -694,7 +694,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
         "train/reward": rewards.mean().item(),
         "train/reward_std": rewards.view(-1, size).std(1).mean().item(),
         "train/equal_groups": (rewards.view(-1, size).amax(1) == rewards.view(-1, size).amin(1)).float().mean().item(),
-        "train/entropy": -torch.cat(old_logps).mean().item(),  # per token, estimated by the samples
+        "train/entropy": -torch.cat(old_logps).mean().item(),  # per token, estimated from the samples
         "train/response_length": statistics.fmean([len(answer) for _, answer in rows]),
         "train/eos_rate": ended.mean().item(),
     }
@@ -702,7 +702,7 @@ def sample_groups(run: Run, policy: Any, reference: Any, reward_model: Any, pair
 
 
 def loss_of_answers(run: Run, policy: Any, rollouts: list[Rollout], mean_length: float) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each answer, (B,). Their means over a step are its loss, and the metrics' means per token."""
+    """Loss and metrics of each answer, (B,). Their means over a step are its loss, and its metrics per token."""
     args, lengths = run.args, [len(rollout.answer_ids) for rollout in rollouts]
     logps = torch.cat(token_logps(policy, [(rollout.prompt_ids, rollout.answer_ids) for rollout in rollouts]))
     old_logps = torch.cat([rollout.old_logps for rollout in rollouts]).to(DEVICE)

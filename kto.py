@@ -10,7 +10,7 @@ z0, the KL divergence of the policy from the reference:
 
 A row has a prompt, a completion and a label, true for desirable. Preference pairs will do, too: each is two examples.
 If one kind is rarer, choose weights that make the desirable total 1 to 1.5 times the other (Eq. 9). This script
-- takes the mean of z0 over the whole step, with the answer of the example before (authors: over the devices' batches);
+- takes the mean of z0 over the whole step, with the previous example's answer (authors: over the devices' batches);
 - takes beta 0.1 and learning rate 5e-6 (ten times that with LoRA) from the authors' code, and 64 examples (32) a step;
 - decays the learning rate linearly (authors: constant), and drops examples over --max-length (authors: cut).
 The loss starts at 0.5 with weights of 1. eval/loss has z0 = 0, and is the mean of a pair's two losses; for rows with
@@ -65,8 +65,8 @@ class Args:
     # region method: args
     # --- KTO ---
     beta: float = 0.1  # strength of the pull to the reference
-    desirable_weight: float = 1.0  # w_D, of desirable examples; if they are a tenth of all, 9 to 13
-    undesirable_weight: float = 1.0  # of undesirable examples, w_U
+    desirable_weight: float = 1.0  # w_D, weight of desirable examples; 9 to 13 if they are a tenth of all
+    undesirable_weight: float = 1.0  # w_U, weight of undesirable examples
     learning_rate: float | None = None  # None = 5e-6 as in the authors' code (5e-5 with LoRA), 3e-4 on the test bed
     DEFAULTS = {"learning_rate": (5e-6, 5e-5, 3e-4)}  # no flag: what None means for a real model, LoRA, the test bed
     # endregion
@@ -112,7 +112,7 @@ class Batch(NamedTuple):  # a micro-batch of B pairs, in float32
 def compute_loss(
     logratios: torch.Tensor, desirable: torch.Tensor, beta: float, z0: float, weights: tuple[float, float]
 ) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of each example, (B,), from its r; desirable is 1 or 0, weights are those of 1 and of 0."""
+    """Loss and metrics of each example, (B,), from its r; desirable is 1 or 0, weights are (w_D, w_U)."""
     signs = 2 * desirable - 1
     values = torch.sigmoid(signs * beta * (logratios - z0))
     losses = torch.where(desirable == 1, *weights) * (1 - values)  # Eq. 8 of arXiv:2402.01306
@@ -180,7 +180,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
 
 # region method: rows
 def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
-    """Pairs of token ids from the rows of a split; of a row with a single answer the other one is empty."""
+    """Pairs of token ids from the rows of a split; if a row has a single answer, the other one is empty."""
     pairs, count = [], 0
     for row in rows:
         where = f"row {count} of split {split}"
@@ -200,7 +200,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
 
 
 def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
-    """Prompt, desirable and undesirable answer of a row, as strings or as chat messages; None if it has none."""
+    """Prompt, desirable and undesirable answer of a row, as strings or as chat messages; a missing one is None."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if row.get("label") not in (None, True, False):
         sys.exit(f"error: {where}: label is {row['label']!r}, not true or false")
@@ -619,7 +619,7 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 
 # region method: functions
 def make_examples(pairs: list[Pair]) -> list[Pair]:
-    """An example for each answer of the pairs: as chosen_ids, with preference_prob 1 if it is desirable, else 0."""
+    """An example for each answer of the pairs: it is chosen_ids; preference_prob is 1 if it is desirable, else 0."""
     examples = []
     for pair in pairs:
         for answer, desirable in ((pair.chosen_ids, 1.0), (pair.rejected_ids, 0.0)):
@@ -631,7 +631,7 @@ def make_examples(pairs: list[Pair]) -> list[Pair]:
 
 
 def add_others(examples: list[Pair], batches: list[list[int]], max_length: int) -> tuple[list[Pair], list[list[int]]]:
-    """The examples of all steps, with the answer of the one before as rejected_ids, for z0; and their new batches."""
+    """The examples of all steps, with the previous one's answer as rejected_ids, for z0; and their new batches."""
     complete, new_batches = [], []
     for batch in batches:
         new_batches.append(list(range(len(complete), len(complete) + len(batch))))
@@ -649,7 +649,7 @@ def logratios_of(model: Any, examples: list[Pair], side: int) -> torch.Tensor:
 
 
 def add_example_reference(run: Run, reference: Any, examples: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """As add_reference, but own and other answers are in passes of their own, as they are in training."""
+    """Like add_reference, but own and other answers get separate passes, as they do in training."""
     complete = list(examples)
     with inference(reference):
         for batch in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
@@ -662,7 +662,7 @@ def add_example_reference(run: Run, reference: Any, examples: list[Pair], batche
 
 
 def pair_loss_of(run: Run, policy: Any, weights: tuple[float, float], pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
-    """Of test pairs: the mean loss of their answers for z0 = 0, and DPO's metrics, for which an absent answer is 0."""
+    """For test pairs: the mean loss of their answers at z0 = 0, and DPO's metrics, where a missing answer counts 0."""
     batch, beta = forward(policy, pairs), run.args.beta
     chosen, rejected = batch.logps - batch.ref_logps
     present = (batch.lengths > 0).float()  # (2, B)
@@ -700,10 +700,10 @@ def main(args: Args) -> None:
     for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):
         pairs, kls, parts = [examples[i] for i in batches[step - 1]], [], []
         groups = micro_batches([len(pair) for pair in pairs], args.micro_batch_tokens)
-        with torch.no_grad():  # z0 is that of the whole step, before any of its losses
+        with torch.no_grad():  # z0 is that of the whole step, and comes before its losses
             for indices in groups:
                 kls.append({"kl": logratios_of(policy, [pairs[i] for i in indices], side=1)})
-        z0 = max(means_of("train", kls, len(pairs))["train/kl"], 0.0)  # what is not a number stays so
+        z0 = max(means_of("train", kls, len(pairs))["train/kl"], 0.0)  # NaN stays NaN
         for indices in groups:
             logratios = logratios_of(policy, [pairs[i] for i in indices], side=0)
             desirable = torch.tensor([pairs[i].preference_prob for i in indices], device=DEVICE)

@@ -10,16 +10,16 @@ initial policy throughout. With y_w the preferred and y_l the other answer:
     ipo:   (h - 1/(2 beta))^2          beta 1
     slic:  max(0, 1 - beta h)          beta 0.002
 
-The annotator is a causal language model of any vocabulary. It is asked ANNOTATOR_PROMPT with the answers in both
+The annotator is a causal language model with any vocabulary. It is asked ANNOTATOR_PROMPT with the answers in both
 orders; the probabilities of the replies "1" and "2" are normalised and averaged over the orders and over --principles.
-A reward model or a Python file (as for --judge-name-or-path) serves as well, but reads no instruction. Equal answers
-give no gradient. Pairs of ended answers also go to annotated.jsonl, a data set for the other scripts. Policy, reference
-and annotator are all in memory.
+A reward model or a Python file (as for --judge-name-or-path) can take its place, but reads no instruction. Equal
+answers give no gradient. Pairs in which both answers ended also go to annotated.jsonl, a data set for the other
+scripts. Policy, reference and annotator are all in memory.
 
 Learning rate, betas, temperature 0.9 and both orders are the paper's. Unlike it, this script has AdamW (Adafactor), 64
 prompts a step (128), warm-up over 10 % (150 steps), linear decay and its own question; an answer that is cut off at
 --max-new-tokens loses against one that ended; log-probabilities are at temperature 1; on the test bed IPO needs beta
-0.05. Training uses only the data's prompts, evaluation their pairs. eval/win_rate should rise, eval/kl slowly.
+0.05. Training uses only the data's prompts, evaluation whole pairs. eval/win_rate should rise, eval/kl slowly.
 
     python oaif.py                               # the built-in test bed, a few minutes on two CPU cores
     python oaif.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized \
@@ -75,8 +75,8 @@ class Args:
     learning_rate: float | None = None  # None = 5e-7 (5e-6 with LoRA), 3e-4 on the test bed
     rollout_temperature: float = 0.9  # of the policy's answers
     annotator_name_or_path: str | None = None  # chat or reward model, .py file; None = initial policy, or toy/annotator
-    annotator_instruction: str | None = None  # what to prefer; None = more helpful answers, or more positive reviews
-    principles: str | None = None  # file, one instruction per line: the preferences are averaged over all
+    annotator_instruction: str | None = None  # what to prefer; None = helpful answers, on the test bed positive reviews
+    principles: str | None = None  # file with an instruction per line; preferences are averaged over all lines
     DEFAULTS = {  # no flag: what None means for a real model, LoRA, the test bed
         "learning_rate": (5e-7, 5e-6, 3e-4),
         "annotator_name_or_path": (None, None, str(TOY / "annotator")),
@@ -662,7 +662,7 @@ def load_annotator(run: Run) -> Annotator:
 
 
 def gather(share: dict[int, Any]) -> list:
-    """The items of all processes, each of which has some, in the order of their keys."""
+    """The items of all processes in the order of their keys; each process passes its own."""
     shares = [None] * WORLD_SIZE
     dist.all_gather_object(shares, list(share.items()))
     return [item for _, item in sorted(sum(shares, []))]
@@ -676,7 +676,7 @@ def ask(run: Run, annotator: Annotator, questions: list[str]) -> torch.Tensor:
         text = render(tokenizer, [{"role": "user", "content": question}])[0]
         one, two = tokenizer([text + "1", text + "2"], add_special_tokens=False).input_ids
         if one[:-1] != two[:-1]:
-            sys.exit("error: to the annotator's tokenizer, the replies 1 and 2 are not single tokens")
+            sys.exit("error: the annotator's tokenizer does not encode the replies 1 and 2 as single tokens")
         prompts.append(one[:-1])
     one, two = one[-1], two[-1]
 
@@ -719,7 +719,7 @@ def annotate(run: Run, annotator: Annotator, pairs: list[Pair], firsts: list[str
 
 def make_pairs(run: Run, policy: Any, annotator: Annotator, batch: list[Pair], step: int) -> tuple[list[Pair], dict]:
     """The policy's two answers to each prompt of a batch, the better one as chosen, and metrics about them."""
-    size, share = len(batch), range(RANK, 2 * len(batch), WORLD_SIZE)  # the processes share the prompts
+    size, share = len(batch), range(RANK, 2 * len(batch), WORLD_SIZE)  # each process answers a part
     prompts, seed = [batch[i % size].prompt_ids for i in share], (1_000_003 * run.args.seed + step) * WORLD_SIZE + RANK
     with inference(policy), torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
         answers = generate(run, policy, prompts, seed, run.args.rollout_temperature)

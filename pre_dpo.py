@@ -9,15 +9,15 @@ SimPO. Stage 2 starts again from the initial policy, on the same pairs, and is D
 
 For p = 1 a pair's gradient has the weight sigmoid(-beta h), logged as weight, which is 1/2 for all pairs at the start
 of DPO. Here it starts above 1/2 where the guide's margin log pi(y_w|x) - log pi(y_l|x) exceeds the policy's, and below
-1/2 for pairs that the guide did not learn, being hard or mislabelled. --label-smoothing and the column preference_prob
-lower p from 1, in both stages. Where sources differ, this script
+1/2 for pairs that the guide did not learn because they are hard or mislabelled. --label-smoothing and the column
+preference_prob lower p from 1, in both stages. Where sources differ, this script
 - uses DPO's batches and schedule in both stages: 64 pairs, warm-up 10 %, linear decay (authors: 128, 6 %, a cosine);
 - takes beta 0.1 and learning rate 6e-7 (ten times that with LoRA) from the authors' code (the paper's best: 0.05 to
   0.2, and 6e-7 to 1e-6), for a DPO guide beta 0.01 (0.005 to 0.05); for a SimPO guide beta 2.5 and gamma / beta 0.48
   from the paper (0.4 to 0.56, at learning rates of 8e-7 to 1e-6);
 - drops pairs over --max-length.
-With both stages of DPO at their optimum, betas b1 and b2 amount to one DPO with 1/beta = 1/b1 + 1/b2: try that too.
-Stage 1 logs its own loss and rewards/*, stage 2 those relative to the guide: compare kl, judge_score and win_rate.
+If both stages are DPO and reach their optimum, betas b1 and b2 amount to one DPO with 1/beta = 1/b1 + 1/b2: try that
+too. Stage 1 logs its own loss and rewards/*, stage 2 those relative to the guide: compare kl, judge_score and win_rate.
 
     python pre_dpo.py                            # the built-in test bed, about two minutes on two CPU cores
     python pre_dpo.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized
@@ -73,9 +73,9 @@ class Args:
     guide: Literal["dpo", "simpo"] = "dpo"  # loss that trains the guide
     guide_learning_rate: float | None = None  # None = the default of learning_rate
     guide_beta: float | None = None  # of a DPO guide; None = 0.01, 0.1 on the test bed
-    guide_simpo_beta: float = 2.5  # of a SimPO guide, as is the next flag
-    guide_simpo_gamma_beta_ratio: float = 0.48  # margin gamma, divided by beta
-    guide_model_name_or_path: str | None = None  # a guide that exists already, of the policy's vocabulary: no stage 1
+    guide_simpo_beta: float = 2.5  # beta of a SimPO guide
+    guide_simpo_gamma_beta_ratio: float = 0.48  # margin gamma of a SimPO guide, divided by its beta
+    guide_model_name_or_path: str | None = None  # an existing guide with the policy's vocabulary, in place of stage 1
     DEFAULTS = dict.fromkeys(["learning_rate", "guide_learning_rate"], (6e-7, 6e-6, 3e-4))
     DEFAULTS |= {"guide_beta": (0.01, 0.01, 0.1)}  # no flag: what None means for a real model, LoRA, the test bed
     # endregion
@@ -640,7 +640,7 @@ import gc  # noqa: E402 - the shared imports above do not need it
 def train_stage(
     run: Run, policy: Any, loss_of: Callable, pairs: list, test_pairs: list, batches: list, lr: float, start: int
 ) -> None:
-    """Train a model by a loss, in steps that are numbered from start + 1."""
+    """Train a model with a loss, in steps that are numbered from start + 1."""
     args, models, last_step = run.args, {"policy": policy}, start + len(batches)
     optimizer, learning_rates, done = start_training(run, models, lr, len(batches), start)
     if done == 0:
@@ -661,7 +661,7 @@ def train_stage(
 
 
 def train_guide(run: Run, pairs: list[Pair], test_pairs: list[Pair], batches: list[list[int]]) -> str:
-    """Stage 1: the initial policy becomes the guide; returns its folder, from which stage 2 starts, resumed or not."""
+    """Stage 1: the initial policy becomes the guide; returns its folder, where stage 2 finds it, resumed or not."""
     args, folder = run.args, run.folder / "guide"
     if run.saved_step > len(batches):  # a checkpoint of stage 2: the guide was saved before it
         return str(folder)
@@ -679,7 +679,7 @@ def train_guide(run: Run, pairs: list[Pair], test_pairs: list[Pair], batches: li
 
     train_stage(run, guide, loss_of, pairs, test_pairs, batches, args.guide_learning_rate, start=0)
     if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
     save_model(run, guide, folder)
     dist.barrier()
     return str(folder)
@@ -694,7 +694,7 @@ def main(args: Args) -> None:
     batches = plan_batches(args, len(train_pairs))
     start, guide_path = len(batches), args.guide_model_name_or_path
     if guide_path and AutoTokenizer.from_pretrained(guide_path).get_vocab() != run.tokenizer.get_vocab():
-        sys.exit(f"error: the guide {guide_path} has another vocabulary than the policy")
+        sys.exit(f"error: the guide {guide_path} does not have the policy's vocabulary")
     open_folder(run, train_pairs + test_pairs + [len(batches)])  # which may depend on the number of devices
     if guide_path is None:
         guide_path = train_guide(run, train_pairs, test_pairs, batches)

@@ -2,24 +2,24 @@
 """RLHF in three stages: supervised fine-tuning, reward model, PPO. Ouyang et al. 2022, https://arxiv.org/abs/2203.02155,
 Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; details after Huang et al. 2024, https://arxiv.org/abs/2403.17031
 
-1. SFT on the chosen answers (--sft-epochs 0: none). Its result is where PPO starts, and PPO's frozen reference pi_ref.
+1. SFT on the chosen answers (--sft-epochs 0: none). Its result is PPO's starting point and frozen reference pi_ref.
 2. A reward model r on the pairs, -log sigmoid(r(x, y_w) - r(x, y_l)): the SFT model with a scalar head, read at the
-   end-of-sequence token. A shift brings SFT samples to mean 0. --reward-name-or-path takes the place of this stage: a
-   reward model that exists, or a Python file (as for --judge-name-or-path), whose values are not shifted.
-3. PPO. The policy answers prompts. A token's reward is -kl_coef * (log pi - log pi_ref), the last one's also r, or
+   end-of-sequence token. r is shifted so that SFT samples have mean 0. --reward-name-or-path replaces this stage by an
+   existing reward model, or by a Python file (as for --judge-name-or-path), whose values are not shifted.
+3. PPO. The policy answers prompts. A token's reward is -kl_coef * (log pi - log pi_ref), plus r at the last token, or
    --missing-eos-score if the answer does not end. Advantages are GAE's, from a value model that starts as a copy of r
    (if r is a Python file, of the SFT model, with a head of 0); then --ppo-epochs updates with ratio = pi / pi_old:
        policy: max(-A ratio, -A clip(ratio, 1 -+ clip))      value: max((V - R)^2, (clip(V, V_old -+ clip) - R)^2) / 2
 
-As in Huang et al.: gamma 1, lambda 0.95, no entropy bonus, policy and value model apart, AdamW with eps 1e-5 and
+As in Huang et al.: gamma 1, lambda 0.95, no entropy bonus, separate policy and value models, AdamW with eps 1e-5 and
 learning rate 3e-6 in all stages (here ten times that with LoRA). Where sources differ, this script
 - has no pretraining loss (Ouyang et al.: PPO-ptx), draws pairs singly (they: all pairs of a prompt), drops long ones;
 - shifts r and the values by the mean of r over SFT samples (Huang et al.: over the data's answers);
-- has a fixed coefficient for the KL's plainest estimate a token, k1 (Ziegler et al. 2019: an adaptive one);
-- puts r on the last token with value 0 behind it (Huang et al.: a position later), and replaces it for unended answers;
-- whitens advantages over the whole step (Huang et al.: on each device), rewards not at all (Ziegler et al.: they do);
-- averages losses over the step's tokens (Huang et al.: over a micro-batch's, then over these);
-- lets answers end, 128 a step at temperature 1 (Huang et al.: of fixed length, cut later, 512 at 0.7);
+- has a fixed coefficient for the KL, which k1 estimates token by token (Ziegler et al. 2019: an adaptive one);
+- puts r on the last token, with value 0 after it (Huang et al.: a position later), and replaces it in unended answers;
+- whitens advantages over the whole step (Huang et al.: on each device), but not rewards (Ziegler et al.: they do);
+- averages losses over the step's tokens (Huang et al.: over a micro-batch's tokens, then over micro-batches);
+- lets answers end, and samples 128 a step at temperature 1 (Huang et al.: 512 of fixed length, cut later, at 0.7);
 - warms up over 10 % and clips gradients (they do not); SFT decays linearly, on 64 answers (a cosine, 128 with prompts).
 PPO holds four models: policy and value model with AdamW (16 bytes a weight), reference and reward model in the compute
 dtype. Where train/score rises and eval/judge_score falls, PPO exploits the reward model. eval/loss is SFT's.
@@ -73,14 +73,14 @@ class Args:
     # --- SFT, reward model, PPO ---
     sft_epochs: int = 1  # passes over the chosen answers in stage 1; 0 = no stage 1; --max-steps limits each stage
     sft_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
-    reward_name_or_path: str | None = None  # reward model of the policy's vocabulary and template, or .py file
+    reward_name_or_path: str | None = None  # reward model with the policy's vocabulary and template, or .py file
     reward_epochs: int = 1  # passes over the pairs in stage 2
     reward_learning_rate: float | None = None  # None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
     learning_rate: float | None = None  # of PPO; None = 3e-6 (3e-5 with LoRA), 3e-4 on the test bed
-    rollouts_per_step: int = 128  # prompts to answer in each step of PPO; --num-train-epochs is the passes over them
+    rollouts_per_step: int = 128  # prompts to answer in each step of PPO; --num-train-epochs = passes over all prompts
     ppo_epochs: int = 4  # updates on the answers of each step
-    kl_coef: float = 0.05  # reward that a nat of KL divergence to the reference costs
-    missing_eos_score: float = -1.0  # of an answer that does not end; a reward model's scores have mean 0 at first
+    kl_coef: float = 0.05  # cost of a nat of KL divergence to the reference, in units of reward
+    missing_eos_score: float = -1.0  # score of an answer that does not end; a reward model's scores start at mean 0
     gamma: float = 1.0  # discount factor
     gae_lambda: float = 0.95  # of generalised advantage estimation
     clip_range: float = 0.2  # of the policy's ratio
@@ -155,7 +155,7 @@ def compute_loss(
     clip_range: float,
     value_clip_range: float,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's policy loss, value loss and metrics of each token of some answers; all tensors have one shape."""
+    """PPO's policy loss, value loss and metrics of each token of some answers; all tensors have the same shape."""
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     policy_losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)  # Eq. 7 of arXiv:1707.06347
@@ -166,7 +166,7 @@ def compute_loss(
         "value_loss": value_losses,
         "clip_fraction": (ratio != clipped_ratio).float(),
         "approx_kl": 0.5 * (logps - old_logps) ** 2,
-        "ratio_error": (ratio - 1).abs(),  # exactly 0 in the first pass over the answers; the last one's is logged
+        "ratio_error": (ratio - 1).abs(),  # exactly 0 in the first pass over the answers; the last pass is logged
     }
     return policy_losses, value_losses, metrics
 
@@ -692,7 +692,7 @@ def save_stage(run: Run, model: Any, kind: Any, base_path: str, tokenizer: Any, 
     """Write a stage's model for later stages, whole (LoRA merged); returns its folder."""
     folder = run.folder / name
     if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
     save_model(run, model, folder)
     if RANK == 0:
         tokenizer.save_pretrained(folder)
@@ -709,7 +709,7 @@ def save_stage(run: Run, model: Any, kind: Any, base_path: str, tokenizer: Any, 
 
 
 def sft_loss_of(policy: Any, pairs: list[Pair], step_pairs: list[Pair]) -> tuple[torch.Tensor, dict]:
-    """Cross-entropy of each chosen answer, (B,), such that the mean over a step's answers is that over its tokens."""
+    """Cross-entropy of each chosen answer, (B,), scaled: its mean over a step's answers is that over their tokens."""
     logps = token_logps(policy, [(pair.prompt_ids, pair.chosen_ids) for pair in pairs])
     mean_length = statistics.fmean([len(pair.chosen_ids) for pair in step_pairs])
     return -torch.stack([logps_of_answer.sum() for logps_of_answer in logps]) / mean_length, {}
@@ -747,7 +747,7 @@ def add_head(run: Run, path: str) -> str:
 
 
 def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
-    """To save with the reward model: its chat template writes what the model was trained on, up to the stop token."""
+    """The reward model's tokenizer: its chat template writes what the model was trained on, up to the stop token."""
     tokenizer, answer = AutoTokenizer.from_pretrained(run.args.model_name_or_path), ""
     if isinstance(prompt, str):
         template = render(tokenizer, "")[0] + "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -756,14 +756,14 @@ def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
         answer = render(tokenizer, prompt, [{"role": "assistant", "content": "."}])[1]
     ids = tokenizer(answer, add_special_tokens=False).input_ids[1:] + run.stop_ids[:1]  # as in encode_rows
     stop = tokenizer.convert_ids_to_tokens(cut_answer(ids, run.stop_ids)[-1])
-    ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more after it, or none
+    ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more after the stop, or none
     tokenizer.chat_template = "{% set text %}" + template + "{% endset %}" + ending
     return tokenizer
 
 
 def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
     """A model with a scalar head, for packed rows; they must get the same scores as in its own forward."""
-    gc.collect()  # models of the stages before, which FSDP's hooks keep alive
+    gc.collect()  # models of earlier stages, which FSDP's hooks keep alive
     model = load_model(run, path, AutoModelForSequenceClassification, trainable)
     rows, alone = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], []
     with inference(model), torch.compiler.set_stance("force_eager"):
@@ -772,7 +772,7 @@ def load_scorer(run: Run, path: str, trainable: bool = False) -> Any:
         model.set_attn_implementation("packed")
         error = (rewards_of(model, rows) - torch.cat(alone)).abs().max()
     if not error < (1e-3 if run.args.dtype == "float32" else 0.05 * torch.cat(alone).abs().max().clamp(min=4)):
-        sys.exit(f"error: rows of {path} cannot be packed as those of a reward or value model")
+        sys.exit(f"error: rows of {path} cannot be packed, as a reward or value model's must be")
     return model
 
 
@@ -782,7 +782,7 @@ def token_scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[t
 
 
 def rewards_of(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """The scores at the last tokens of N rows (prompt, answer), (N,): those before a token that would follow."""
+    """The scores at the last tokens of N rows (prompt, answer), (N,): those before one more token."""
     return torch.cat(token_scores(model, [(prompt + answer, [0]) for prompt, answer in rows]))
 
 
@@ -823,7 +823,7 @@ def train_reward_model(run: Run, path: str, pairs: list[Pair], test_pairs: list[
 
 
 class Rollout(NamedTuple):
-    """An answer of the policy. The tensors are of its C tokens, (C,), on the CPU."""
+    """An answer of the policy. The tensors hold a value for each of its C tokens, (C,), on the CPU."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -834,14 +834,14 @@ class Rollout(NamedTuple):
 
 
 def gather(share: dict[int, Any]) -> list:
-    """The items of all processes, each of which has some, in the order of their keys."""
+    """The items of all processes in the order of their keys; each process passes its own."""
     shares = [None] * WORLD_SIZE
     dist.all_gather_object(shares, list(share.items()))
     return [item for _, item in sorted(sum(shares, []))]
 
 
 def respond(run: Run, model: Any, prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[int]]]:
-    """Rows of each prompt and a response to it; the processes share the prompts."""
+    """A row (prompt, response) for each prompt; each process answers a part of the prompts."""
     share = range(RANK, len(prompts), WORLD_SIZE)
     with inference(model), torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
         responses = generate(run, model, [prompts[i] for i in share], seed * WORLD_SIZE + RANK, temperature=1.0)
@@ -854,7 +854,7 @@ def groups_of(run: Run, rows: list) -> list[list[int]]:
 
 
 def find_rewards(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> list[float]:
-    """Rewards of rows (prompt, answer), of as many pairs, by the reward model or, where it is None, a Python file."""
+    """Rewards of rows (prompt, answer), one for each pair, by the reward model or, if it is None, a Python file."""
     if reward_model is None:
         own = range(RANK, len(rows), WORLD_SIZE)
         texts = run.tokenizer.batch_decode([rows[i][1] for i in own], skip_special_tokens=True)
@@ -868,7 +868,7 @@ def find_rewards(run: Run, reward_model: Any, pairs: list[Pair], rows: list) -> 
 
 
 def find_shift(run: Run, reward_model: Any, reference: Any, pairs: list[Pair]) -> float:
-    """Mean reward of the SFT model's own answers to the pairs' prompts; only of those that end, if there are some."""
+    """Mean reward of the SFT model's own answers to the pairs' prompts; only answers that end count, if any do."""
     rows = respond(run, reference, [pair.prompt_ids for pair in pairs], run.args.seed)
     ended = [row for row in rows if row[1][-1] in run.stop_ids]
     return statistics.fmean(find_rewards(run, reward_model, pairs, ended if len(ended) >= WORLD_SIZE else rows))
@@ -879,7 +879,7 @@ def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int)
     args, share = run.args, {}
     rows = respond(run, models["policy"], [pair.prompt_ids for pair in pairs], seed)
     with inference(models["policy"]), inference(models["value_model"]):
-        # In the micro-batches of the updates: equal ones are rounded equally, and the first ratios are exactly 1.
+        # The same micro-batches as in the updates: so rounding is the same, and the first ratios are exactly 1.
         for indices in groups_of(run, rows):
             some = [rows[i] for i in indices]
             logps, ref_logps = token_logps(models["policy"], some), token_logps(models["reference"], some)
@@ -904,7 +904,7 @@ def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int)
         rollouts.append(Rollout(prompt, response, logps[i], values[i], advantages[i, :end], returns[i, :end]))
     metrics = {
         "train/kl": statistics.fmean([kl.sum().item() for kl in kls]),
-        "train/entropy": -torch.cat(logps).mean().item(),  # per token, estimated by the samples
+        "train/entropy": -torch.cat(logps).mean().item(),  # per token, estimated from the samples
         "train/score": statistics.fmean(scores),
         "train/value": torch.cat(values).mean().item(),
         "train/eos_rate": statistics.fmean(ended),
@@ -914,7 +914,7 @@ def roll_out(run: Run, models: dict, shift: float, pairs: list[Pair], seed: int)
 
 
 def ppo_loss_of(run: Run, models: dict, shift: float, rollouts: list[Rollout], mean_length: float) -> tuple:
-    """Loss and metrics of each answer, (B,), such that the mean over a step's answers is that over its tokens."""
+    """Loss and metrics of each answer, (B,), scaled: their mean over a step's answers is that over their tokens."""
     args, rows = run.args, [(rollout.prompt_ids, rollout.answer_ids) for rollout in rollouts]
     logps = torch.cat(token_logps(models["policy"], rows))
     values = torch.cat(token_scores(models["value_model"], rows)) - shift
@@ -983,7 +983,7 @@ def main(args: Args) -> None:
     reward_path = args.reward_name_or_path
     if reward_path and not reward_path.endswith(".py"):
         if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
-            sys.exit(f"error: the reward model {reward_path} has another vocabulary than the policy")
+            sys.exit(f"error: the reward model {reward_path} does not have the policy's vocabulary")
     reward_text = [Path(reward_path).read_text()] if reward_path and reward_path.endswith(".py") else []
     open_folder(run, train_pairs + test_pairs + reward_text)
     sft_path, step = train_sft(run, train_pairs, test_pairs)

@@ -6,16 +6,16 @@
     python sample.py runs/RUN --prompts question.jsonl --output answers.jsonl --output-format arena-hard
     python sample.py runs/RUN --prompts toy/train.jsonl --label preferences.jsonl
 
-A model is a hub id, a folder, or the folder of a run; LoRA adapters load, too. Without a chat template it gets the text
-as it is, of a chat all lines so far. A file of prompts has rows with `instruction` or `prompt`, a string (which is what
-a user says) or chat messages. Answers are drawn from the whole distribution at --temperature; a model's own settings of
-top-p or penalties do not count. --compare's model meets the same luck, and writes NAME.compare.json. The formats are
+A model is a hub id, a folder, or the folder of a run; LoRA adapters load, too. Without a chat template it gets plain
+text: in a chat, all lines so far. A file of prompts has rows with `instruction` or `prompt`, a string (which is what a
+user says) or chat messages. Answers are drawn from the whole distribution at --temperature; a model's own top-p or
+penalties are ignored. --compare's model gets the same random numbers, and writes NAME.compare.json. The formats are
 - alpaca-eval: a JSON list of {instruction, output, generator}, for AlpacaEval 1 and 2;
 - arena-hard: lines of {uid, ans_id, model, messages}, for Arena-Hard-Auto since April 2025 and its questions (v2.0 or
   v0.1). Its style control also wants metadata, which its utils/add_markdown_info.py adds.
 
-With --label a person says by a key which of two answers is better: of two by the model, or of one by each. Each label
-is appended at once to a file of preference pairs to train on, and the same command goes on where it was left.
+With --label a person presses a key for the better of two answers: two by the model, or one by each model. Each label is
+appended at once to a file of preference pairs to train on, and the same command goes on where it left off.
 """
 
 import contextlib
@@ -47,15 +47,15 @@ torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew at each new length,
 @dataclass
 class Args:
     model: tyro.conf.Positional[str]  # hub id, folder of a model or adapter, or folder of a run
-    compare: str | None = None  # a second model that answers the same
+    compare: str | None = None  # a second model to answer the same prompts
     judge: str | None = None  # scores the answers: reward model, or .py file with reward(), as in the training scripts
-    prompts: Path | None = None  # .json or .jsonl file of prompts to answer, pairs' too; None = chat
-    output: Path | None = None  # file to write their answers to
-    output_format: Literal["alpaca-eval", "arena-hard"] = "alpaca-eval"  # of that file
+    prompts: Path | None = None  # .json or .jsonl file of prompts (or pairs) to answer; None = chat
+    output: Path | None = None  # file to write the answers to
+    output_format: Literal["alpaca-eval", "arena-hard"] = "alpaca-eval"  # of the --output file
     label: Path | None = None  # .jsonl file of preference pairs to append a person's labels to
     temperature: float = 0.7  # 0 = greedy; the authors of SimPO used 0.5 to 0.9
     max_new_tokens: int = 1024  # longest answer, in tokens; shorter where the model has no more positions
-    batch_size: int = 16 if CUDA else 4  # prompts of a file to answer at a time; another number draws other answers
+    batch_size: int = 16 if CUDA else 4  # prompts of a file to answer at a time; changing it changes the answers
     seed: int = 1  # of the sampling
 
 
@@ -67,7 +67,7 @@ def load(path: str, kind: Any = AutoModelForCausalLM) -> tuple[str, Any, Any]:
     name = [part for part in folder.resolve().parts if part != "model"][-1] if folder.exists() else path
     model, info = kind.from_pretrained(folder.as_posix(), dtype=DTYPE, use_safetensors=True, output_loading_info=True)
     if info["missing_keys"]:
-        sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is no {type(model).__name__}")
+        sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is not a {type(model).__name__}")
     return name, model.to(DEVICE).eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder.as_posix())
 
 
@@ -84,7 +84,7 @@ def encode(tokenizer: Any, chat: list[dict]) -> list[int]:
 
 
 def generate(args: Args, model: Any, tokenizer: Any, chats: list, place: int, streamer: Any = None) -> list[str]:
-    """An answer to each of some chats; seed and place decide on the random numbers."""
+    """An answer to each chat; seed and place determine the random numbers."""
     prompts, listed = [encode(tokenizer, chat) for chat in chats], model.generation_config.eos_token_id
     width = max([len(prompt) for prompt in prompts])
     padded = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in prompts], device=DEVICE)  # on the left
@@ -107,7 +107,7 @@ def score(judge: str | tuple, prompts: list, answers: list[str], columns: dict[s
         completions = completions if isinstance(prompts[0], list) else answers
         return list(runpy.run_path(judge)["reward"](prompts=prompts, completions=completions, **columns))
     model, tokenizer = judge
-    model.config.pad_token_id = None  # texts come alone: the last token is to be read, whichever it is
+    model.config.pad_token_id = None  # texts come one at a time: the score is read at the last token
     for prompt, completion in zip(prompts, completions, strict=True):
         text = tokenizer.apply_chat_template(as_chat(prompt) + completion, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special ones
@@ -167,7 +167,7 @@ def answer_file(args: Args, models: list[tuple], judge: str | tuple | None) -> N
 
 
 def read_key(keys: dict[str, str]) -> str:
-    """One of some keys: pressed in a terminal, else the first letter of a line; q at the end of the input."""
+    """One of the keys: pressed in a terminal, else the first letter of a line; q at the end of the input."""
     print(", ".join([f"{key}: {meaning}" for key, meaning in keys.items()]), end=" > ", flush=True)
     key = ""
     while key not in keys:
@@ -189,7 +189,7 @@ def show(title: str, text: str) -> None:
 
 
 def show_answers(args: Args, models: list[tuple], chat: list[dict]) -> list[str]:
-    """Two answers to a chat in random order; the same ones when it comes again."""
+    """Two answers to a chat in random order; the same ones when the chat is shown again."""
     luck, answers = random.Random(json.dumps(chat)), []
     for message in chat:
         show(message["role"], message["content"])
@@ -203,7 +203,7 @@ def show_answers(args: Args, models: list[tuple], chat: list[dict]) -> list[str]
 
 def label_file(args: Args, models: list[tuple]) -> None:
     skipped, prompts, key = args.label.with_suffix(".skipped"), read_prompts(args.prompts)[1], ""
-    if models[0][2].chat_template:  # the training, too, is to see a chat
+    if models[0][2].chat_template:  # training, too, is to see a chat
         prompts = [as_chat(prompt) for prompt in prompts]
     args.label.parent.mkdir(parents=True, exist_ok=True)
     done = [(file, line) for file in (skipped, args.label) if file.exists() for line in file.open("rb")]

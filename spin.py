@@ -1,24 +1,24 @@
 # region method: header
 """Self-Play fine-tuning (SPIN), Chen et al. 2024, https://arxiv.org/abs/2401.01335
 
-Supervised data only: the policy learns to prefer the ground truth y of a prompt x to its own answer y'. In iteration t
-the opponent pi_t, which is the policy as it stands then, answers the prompts at temperature 1. The policy is trained on
-these pairs with pi_t as the frozen reference, and its result is the opponent pi_t+1:
+Supervised data only: for a prompt x the policy learns to prefer the ground truth y to its own answer y'. In iteration
+t the opponent pi_t, which is the policy as it stands then, answers the prompts at temperature 1. The policy is trained
+on these pairs with pi_t as the frozen reference, and the result is the next opponent, pi_t+1:
 
     h    = [log pi(y|x) - log pi_t(y|x)] - [log pi(y'|x) - log pi_t(y'|x)]
     loss = -log sigmoid(beta h)
 
-Trained to the end, an iteration gives p_t (p_data / p_t)^(1/beta) up to a factor (the paper's Section 5, where beta is
-lambda): beta 1 arrives at once, 2 halves the gap of log-probabilities, and below 0.5 each iteration overshoots further,
-so that with the paper's 0.1 small learning rates hold the policy. Where sources differ, this script
+Trained to its optimum, an iteration ends at p_t (p_data / p_t)^(1/beta), normalised (the paper's Section 5, where beta
+is lambda): beta 1 reaches p_data at once, 2 halves the gap in log-probability, and below 0.5 each iteration overshoots
+further, so with the paper's 0.1 it is the small learning rates that hold the policy. Where sources differ, this script
 - takes betas, learning rates and 50,000 prompts an iteration from the authors' scripts (ten times the rates with LoRA),
   but 3 iterations (4), each of one pass (paper: 2; code: 6, stopped by hand), with AdamW (RMSprop);
-- starts each iteration from the policy of the last one, and adds the pairs of the last one to the new ones;
-- draws prompts anew for each iteration (paper: the same 50,000 in all);
-- samples at temperature 1, as the theory asks (authors: generate.py is greedy, generate_vllm.py samples at 1). Cut
-  answers get no end-of-sequence token, so they are told from the truth by that: train/cut_answers is their share, and
-  --max-new-tokens should leave room for the longest truths. Empty answers and the truth itself are left out.
-The loss starts at log 2 in each iteration. It and rewards/* are relative to the opponent: compare kl and win_rate.
+- starts each iteration from the previous one's policy, and adds the previous one's pairs to the new ones;
+- draws prompts anew for each iteration (paper: the same 50,000 every time);
+- samples at temperature 1, as the theory asks (authors: generate.py is greedy, generate_vllm.py samples at 1). Cut-off
+  answers have no end-of-sequence token, which gives them away: train/cut_answers is their share, and --max-new-tokens
+  should leave room for the longest truths. Answers that are empty or equal to the truth are left out.
+The loss starts at log 2 in each iteration. It and rewards/* are relative to the opponent: go by kl and win_rate.
 
     python spin.py                               # the built-in test bed, a few minutes on two CPU cores
     python spin.py --model-name-or-path Qwen/Qwen2.5-0.5B-Instruct --dataset-name trl-lib/ultrafeedback_binarized
@@ -67,12 +67,12 @@ TOY = Path(__file__).resolve().parent / "toy"
 @dataclass
 class Args:
     # region method: args
-    # --- SPIN; lists have a value for each iteration, of which the last holds for all later ones ---
-    beta: list[float] | None = None  # pull to the opponent; None = 0.1 0.1 0.1 5, as the authors; 1 on the test bed
-    learning_rate: list[float] | None = None  # None = 5e-7 5e-7 1e-7 1e-7, as the authors; 3e-4 on the test bed
+    # --- SPIN; lists have a value for each iteration, and the last value holds for all later ones ---
+    beta: list[float] | None = None  # pull to the opponent; None = 0.1 0.1 0.1 5, the authors'; 1 on the test bed
+    learning_rate: list[float] | None = None  # None = 5e-7 5e-7 1e-7 1e-7, the authors'; 3e-4 on the test bed
     num_iterations: int = 3  # how often the policy answers and is trained; the paper has 4
-    prompts_per_iteration: int | None = None  # prompts to answer in each; None = 50,000, 2,000 on the test bed
-    mix_previous: bool = True  # train on the pairs of the last iteration as well
+    prompts_per_iteration: int | None = None  # prompts to answer per iteration; None = 50,000, 2,000 on the test bed
+    mix_previous: bool = True  # train on the pairs of the previous iteration as well
     DEFAULTS = {  # no flag: what None means for a real model, LoRA, the test bed
         "beta": ([0.1, 0.1, 0.1, 5.0], [0.1, 0.1, 0.1, 5.0], [1.0]),
         "learning_rate": ([5e-7, 5e-7, 1e-7, 1e-7], [5e-6, 5e-6, 1e-6, 1e-6], [3e-4]),
@@ -218,7 +218,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
         prompt, truth = truth[:-1], truth[-1:]
     answer = truth[-1]["content"] if truth and isinstance(truth, list) else truth
     if not prompt or not answer or type(prompt) is not type(truth):
-        forms = "messages, or prompt and completion, or prompt and chosen, text or messages, not empty"
+        forms = "messages, or prompt and completion or chosen as text or messages, none of them empty"
         sys.exit(f"error: {where} has {[k for k in row if row[k]]}: it needs {forms}")
     return prompt, truth, "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
 
@@ -622,14 +622,14 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
 
 # region method: functions
 def gather(share: dict[int, Any]) -> list:
-    """The items of all processes, each of which has some, in the order of their keys."""
+    """The items of all processes in the order of their keys; each process passes its own."""
     shares = [None] * WORLD_SIZE
     dist.all_gather_object(shares, list(share.items()))
     return [item for _, item in sorted(sum(shares, []))]
 
 
 def play(run: Run, opponent: Any, truths: list[Pair], seed: int) -> list[Pair]:
-    """The truths with the opponent's own answers as the rejected ones; the processes share the prompts."""
+    """The truths with the opponent's own answers as the rejected ones; each process answers a part of them."""
     share = range(RANK, len(truths), WORLD_SIZE)
     with inference(opponent), torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
         answers = generate(run, opponent, [truths[i].prompt_ids for i in share], seed * WORLD_SIZE + RANK, 1.0)
@@ -638,17 +638,17 @@ def play(run: Run, opponent: Any, truths: list[Pair], seed: int) -> list[Pair]:
 
 
 def add_opponent(run: Run, opponent: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """All processes' pairs with the opponent's log-probabilities."""
+    """The pairs with the opponent's log-probabilities, which the processes compute in parts."""
     own, share = add_reference(run, opponent, pairs, batches), {}
     for i, pair in enumerate(own):
-        if pair is not pairs[i]:  # replaced by add_reference, so this process's
-            share[i * WORLD_SIZE + RANK] = (i, pair)  # several may have it, in different epochs
+        if pair is not pairs[i]:  # replaced by add_reference, so it is this process's
+            share[i * WORLD_SIZE + RANK] = (i, pair)  # other processes may have it in other epochs
     complete = dict(gather(share))
     return [complete.get(i, pair) for i, pair in enumerate(pairs)]
 
 
 def play_train(run: Run, opponent: Any, truths: list[Pair], previous: list[Pair], seed: int) -> list[Pair]:
-    """The pairs of an iteration: those of newly drawn prompts, then the previous ones, all with the reference."""
+    """The pairs of an iteration: those of newly drawn prompts, then the previous ones, all with ref_logps."""
     drawn = torch.randperm(len(truths), generator=torch.Generator().manual_seed(seed)).tolist()
     new = play(run, opponent, [truths[i] for i in drawn[: run.args.prompts_per_iteration]], seed)
     texts = run.tokenizer.batch_decode([pair.rejected_ids for pair in new], skip_special_tokens=True)
@@ -720,7 +720,7 @@ def main(args: Args) -> None:
     args = run.args
     truths, test_truths = load_pairs(run)
     policy = load_model(run, args.model_name_or_path, trainable=True)
-    open_folder(run, truths + test_truths + [WORLD_SIZE])  # on which the number of steps may depend
+    open_folder(run, truths + test_truths + [WORLD_SIZE])  # the number of steps may depend on WORLD_SIZE
     step, previous = 0, []
     for t in range(args.num_iterations):
         seed = 1_000_003 * args.seed + 2 * t

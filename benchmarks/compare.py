@@ -1,13 +1,13 @@
 """Runs all methods on the test bed for results.json: their tuning, their strengths, and what the papers' claims need.
 
     python benchmarks/compare.py                   # every run that results.json lacks, two at a time; then the report
-    python benchmarks/compare.py --only 'dpo.py'   # of these, those in whose command this regular expression is found
+    python benchmarks/compare.py --only 'dpo.py'   # only those of them whose command matches this regular expression
     python benchmarks/compare.py --again 'COMMAND' # a run of results.json once more: are its numbers the same?
 
-A run is a script in a process of its own with one thread. results.json has its numbers under its command as soon as it
-is over, so that the next call goes on from there. `plan` says which runs there are, and in which order they come.
+Each run is a script in a process of its own with one thread. Its numbers are stored in results.json under its command
+as soon as it is over, so that the next call goes on from there. `plan` says which runs there are, and in which order.
 Tuning: three learning rates at the default strength, then the two other strengths at the best of them, all with seed 0
-and on prompts that no other run is measured on. The best is that of the highest judge's score.
+and on prompts that no other run is measured on. The best is the one with the highest judge's score.
 """
 
 import json
@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
-FOLDER = "runs/compare"  # of data and models that runs need, and of the runs themselves until they have been read
+FOLDER = "runs/compare"  # for data and models that runs need, and for the runs themselves until they have been read
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-SEEDS = (1, 2, 3, 4, 5)  # beside 0, which is that of the tuning
+SEEDS = (1, 2, 3, 4, 5)  # besides 0, the seed of the tuning
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Method:
     title: str
     script: str  # with flags that stay the same
     strength: str  # flag of the strength
-    values: tuple[float, ...]  # of it; the middle one is the default, and one alone is not tuned
-    data: str = "pairs"  # {seed} stands for the run's
+    values: tuple[float, ...]  # of this flag; the middle one is the default, and a single one is not tuned
+    data: str = "pairs"  # {seed} stands for the run's seed
 
 
 METHODS = {
@@ -57,7 +57,7 @@ METHODS = {
     "kto": Method("KTO", "kto.py", "--beta", (0.03, 0.1, 0.3)),
     "spin": Method("SPIN", "spin.py --prompts-per-iteration 1280", "--beta", (0.3, 1, 3)),
     "oaif": Method("OAIF", "oaif.py", "--beta", (0.03, 0.1, 0.3)),
-    # Without supervised fine-tuning, so that all start from one policy; with a reward model that its stage 2 has made.
+    # Without supervised fine-tuning, so that all start from one policy; with a reward model made by its own stage 2.
     "ppo": Method(
         "PPO",
         f"rlhf_ppo.py --sft-epochs 0 --reward-name-or-path {FOLDER}/reward-{{seed}}",
@@ -65,7 +65,7 @@ METHODS = {
         (0.02, 0.05, 0.15),
     ),
 }
-VARIANTS = {  # tuned for claims that speak of them; other losses have the learning rates of DPO's, online and offline
+VARIANTS = {  # tuned because claims need them; other losses use the learning rates tuned with DPO's, online and offline
     "dpo_2_epochs": Method("DPO, two epochs", "dpo.py --num-train-epochs 2", "--beta", (0.03, 0.1, 0.3)),
     "offline_dpo": Method("DPO, offline", "dpo.py", "--beta", (0.1,), "annotated-{seed}"),
 }
@@ -92,14 +92,14 @@ SLIC_LOSS = "losses = torch.relu(1 - beta * h)"
 
 
 def command(script: str, flags: str, seed: int, data: str = "pairs", prompts: int = 256, eval_steps: int = 1000) -> str:
-    """A run on the prompts of the tables; seed 0 is on those for tuning."""
+    """The command of a run on the prompts of the tables, or with seed 0 on those for tuning."""
     words = f"python {script.format(seed=seed)} {flags} --dataset-name {FOLDER}/{data.format(seed=seed)} --seed {seed}"
     split = "--dataset-test-split validation --num-eval-prompts 256" if seed == 0 else f"--num-eval-prompts {prompts}"
     return f"{words} {split} --eval-steps {eval_steps}"
 
 
 def tuning_runs(runs: dict, name: str) -> dict[tuple[float, float], str]:
-    """By learning rate and strength, the runs of a method's tuning that can be named yet."""
+    """The runs of a method's tuning that can be named so far, by learning rate and strength."""
     method = (METHODS | VARIANTS)[name]
     default = method.values[len(method.values) // 2]
     found = {(rate, default): method_run(runs, name, rate, default, 0) for rate in LEARNING_RATES}
@@ -146,7 +146,7 @@ def offline_run(runs: dict, loss: str, seed: int) -> str:
 
 
 def simpo_guide_run(runs: dict, seed: int) -> str:
-    """Pre-DPO with the tuned SimPO as its guide, itself with the flags of the tuned Pre-DPO."""
+    """Pre-DPO with the tuned SimPO as its guide, and otherwise the flags of the tuned Pre-DPO."""
     rate, beta = tuned(runs, "pre_dpo")
     guide_rate, ratio = tuned(runs, "simpo")
     flags = f"--learning-rate {rate:g} --beta {beta:g} --guide simpo --guide-learning-rate {guide_rate:g}"
@@ -166,7 +166,7 @@ def deterministic_run(script: str, beta: float, seed: int) -> str:
 
 
 def few_desirable_run(weights: str, seed: int) -> str:
-    """KTO by default, with all examples or where nine of ten desirable ones are missing."""
+    """KTO with its defaults, on all examples or with nine of ten desirable ones missing."""
     return command("kto.py", weights, seed, "pairs" if weights == ALL else "few-desirable")
 
 
@@ -174,7 +174,7 @@ ALL, BALANCED, UNWEIGHTED = "--beta 0.1", "--desirable-weight 10", "--desirable-
 
 
 def plan(runs: dict) -> list[str]:
-    """All runs that can be named yet; what is missing among them waits for the tuning of a method."""
+    """All runs that can be named so far; those still missing wait for the tuning of a method."""
     planned, ready = [], []
     for name in METHODS | VARIANTS:
         if name != "pre_dpo" or (tuned(runs, "dpo") and tuned(runs, "simpo")):
@@ -209,7 +209,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def write_data() -> None:
-    """2,560 of the test bed's pairs, with test prompts for tuning and for the tables apart; and subsets of them."""
+    """Write 2,560 of the test bed's pairs, with separate test prompts for tuning and for the tables; and subsets."""
     folder = ROOT / FOLDER
     train, test = [[json.loads(line) for line in (ROOT / f"toy/{name}.jsonl").open()] for name in ("train", "test")]
     for split, rows in {"train": train[:2560], "test": test[:256], "validation": test[256:512]}.items():
@@ -274,7 +274,7 @@ def measure_annotator(name: str) -> dict:
     for order in (("chosen", "rejected"), ("rejected", "chosen")):
         questions = [(row["prompt"][0]["content"], *[row[side][0]["content"] for side in order]) for row in rows]
         said = make_toy.verdicts(model, tokenizer, make_toy.INSTRUCTIONS["positive"][0], questions) > 0
-        better = [(order[0] == "chosen") != row["label_flipped"] for row in rows]  # is the first one?
+        better = [(order[0] == "chosen") != row["label_flipped"] for row in rows]  # is the first answer the better one?
         right += (said == torch.tensor(better)).tolist()
     return {"parameters": model.num_parameters(), "accuracy": sum(right) / len(right)}
 
@@ -283,7 +283,7 @@ def measure_annotator(name: str) -> dict:
 
 
 def call(words: str, log: Path, **environment: str) -> float:
-    """Run a command from the project's folder; gives the seconds of processor time that it took."""
+    """Run a command from the project's folder; returns the seconds of processor time that it took."""
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as stream:
         options = {"stdout": stream, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": os.environ | environment}

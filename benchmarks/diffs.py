@@ -1,7 +1,7 @@
-"""Write DIFFS.md: what each script changes of dpo.py.
+"""Write DIFFS.md: what each script changes in dpo.py.
 
 python benchmarks/diffs.py            # writes the page
-python benchmarks/diffs.py --check    # writes nothing, and ends with 1 if the page is not what the scripts give
+python benchmarks/diffs.py --check    # writes nothing, and ends with 1 if the page does not match the scripts
 """
 
 import difflib
@@ -42,7 +42,7 @@ DPO = r"""
 && L &= -p \log\sigma(\beta h) - (1 - p) \log\sigma(-\beta h) \\[3ex]
 """
 
-METHODS = {  # of the equations' macros, GitHub refuses a few, such as operatorname
+METHODS = {  # GitHub refuses a few macros in equations, such as operatorname
     "ipo": (
         "Identity Preference Optimisation",
         r"""
@@ -194,7 +194,7 @@ def read_script(name: str) -> tuple[list[str], int]:
 
 
 def make_diff(old_name: str, new_name: str, context: int) -> list[str]:
-    """The diff of two scripts, by the line numbers of the files."""
+    """The diff of two scripts, with the line numbers of the files."""
     (old, old_start), (new, new_start) = read_script(old_name), read_script(new_name)
     options = {"fromfile": f"{old_name}.py", "tofile": f"{new_name}.py", "n": context, "lineterm": ""}
     lines = list(difflib.unified_diff(old[old_start:], new[new_start:], **options))
@@ -225,7 +225,7 @@ def main(args: Args) -> None:
     if not args.check:
         file.write_text(page, encoding="utf-8")
     elif not file.exists() or file.read_text(encoding="utf-8") != page:
-        sys.exit(f"error: {file.name} is not what the scripts give: run python benchmarks/diffs.py")
+        sys.exit(f"error: {file.name} does not match the scripts: run python benchmarks/diffs.py")
 
 
 if __name__ == "__main__":

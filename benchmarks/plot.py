@@ -64,7 +64,7 @@ def draw_curve(axes, rows: list[dict], metric: str, run: str) -> None:
 
 
 def draw(runs: dict[str, list[dict]], output: Path) -> None:
-    import matplotlib  # the text needs none
+    import matplotlib  # not needed for text
 
     matplotlib.use("Agg")  # it draws without a screen
     import matplotlib.pyplot as plt

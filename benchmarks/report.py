@@ -59,7 +59,7 @@ def improvement(record: dict) -> float:
 
 
 def less_growth(dpo: dict, ipo: dict) -> float:
-    """Of the mean margin of training pairs, from passes 6 to 10 to passes 16 to 20."""
+    """DPO's growth less IPO's: of the mean training margin, from passes 6 to 10 to passes 16 to 20."""
     growths = []
     for record in (dpo, ipo):
         growths.append(statistics.mean(record["margins"][15:20]) - statistics.mean(record["margins"][5:10]))
@@ -67,7 +67,7 @@ def less_growth(dpo: dict, ipo: dict) -> float:
 
 
 def shorter_at_equal_kl(dpo: dict, simpo: dict) -> float:
-    """Tokens of DPO's answers less SimPO's, mean of five KLs in the upper half of what both runs go through."""
+    """Tokens of DPO's answers less SimPO's, mean over five KLs in the upper half of the range that both runs cover."""
     courses = []
     for record in (dpo, simpo):
         points = sorted([(row["kl"], row["response_length"]) for row in record["evals"]])
@@ -176,14 +176,14 @@ def interval(values: list[float]) -> float:
 
 
 def p_value(values: list[float]) -> float:
-    """Of five differences whose mean is 0 in truth: two-sided, by Student's t with four degrees of freedom."""
+    """For five differences, if their true mean were 0: two-sided, by Student's t with four degrees of freedom."""
     t = abs(statistics.mean(values)) / (statistics.stdev(values) / math.sqrt(len(values)))
     share = t * t / (4 + t * t)
     return 1 - math.sqrt(share) * (3 - share) / 2
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Adjusted for their number, after Holm 1979."""
+    """The p-values, adjusted for their number, after Holm 1979."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -237,7 +237,7 @@ def tuned_table(results: dict) -> str:
 
 
 def seconds_of(results: dict, name: str) -> float:
-    """Of a run with two evaluations, mean over the tuning; PPO's with that of its reward model."""
+    """Seconds of a run with two evaluations, mean over the tuning; PPO's include its reward model."""
     runs = results["runs"]
     seconds = statistics.mean([runs[command]["cpu_seconds"] for command in compare.tuning_runs(runs, name).values()])
     return seconds + (results["builds"]["reward-0"]["cpu_seconds"] if name == "ppo" else 0)
@@ -296,7 +296,7 @@ def claim_texts(runs: dict) -> tuple[str, str, int]:
 
 
 def strengths(runs: dict, name: str) -> dict[float, dict]:
-    """By strength, the records of a method's tuning at the best learning rate."""
+    """The records of a method's tuning at the best learning rate, by strength."""
     rate, _ = compare.tuned(runs, name)
     found = compare.tuning_runs(runs, name)
     return {strength: runs[found[rate, strength]] for strength in sorted(METHODS[name].values)}

@@ -1,4 +1,4 @@
-"""Tokens that the scripts sample a second, on one device: `generate`, as oaif.py's training calls it.
+"""Tokens per second that the scripts sample on one device: `generate`, as oaif.py's training calls it.
 
 python benchmarks/sampling.py --model-name-or-path runs/shapes/0.5B --dataset-name runs/shapes/pairs.jsonl
 """
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 class Args:
     model_name_or_path: str = str(ROOT / "toy" / "policy")  # causal language model, as hub id or folder
     dataset_name: str = str(ROOT / "toy")  # preference pairs, whose prompts are answered
-    num_prompts: int = 128  # answered at a time
+    num_prompts: int = 128  # prompts to answer at a time
     max_prompt_length: int = 256  # longest prompt that is taken, in tokens
     max_new_tokens: int = 128  # longest answer
     micro_batch_tokens: tuple[int, ...] = (
         4096,
         8192,
         16384,
-    )  # of the flag of this name: generate takes twice it, at least 8192
+    )  # values of the flag of this name: generate takes twice as many, at least 8192
 
 
 def main(args: Args) -> None:

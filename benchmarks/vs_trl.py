@@ -92,7 +92,7 @@ def choose_pairs(job: dict[str, Any], _: Path) -> dict[str, Any]:
     fitting, _ = dpo.load_pairs(run)
     count = args.pairs_per_step * (args.warmup_steps + args.steps)
     if len(fitting) < count:
-        sys.exit(f"error: {count} pairs are needed, and {len(fitting)} are of at most {args.max_length} tokens")
+        sys.exit(f"error: {count} pairs are needed, but only {len(fitting)} have at most {args.max_length} tokens")
     path = Path(args.dataset_name)
     kind = {".csv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
     source = {"data_files": str(path), "path": kind} if path.is_file() else {"path": args.dataset_name}
@@ -207,7 +207,7 @@ def run_trl(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     class Watched(trl.DPOTrainer):
         def _prepare_dataset(self, *inputs):
-            # TRL's completions keep what a chat template writes behind the stop token (SmolLM2's: a newline).
+            # TRL's completions keep what a chat template writes after the stop token (SmolLM2's: a newline).
             dataset = super()._prepare_dataset(*inputs)
             return dataset if job["contest"] == "defaults" else dataset.map(end_with_stop_token)
 
@@ -238,7 +238,7 @@ def run_trl(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def work(name: str, file: Path) -> None:
-    """Do the job that stands in a file, and write its result beside it."""
+    """Do the job described in a file, and write its result beside it."""
     sys.path.insert(0, str(ROOT))
     result = globals()[name](json.loads(file.read_text()), file.parent)
     (file.parent / "result.json").write_text(json.dumps(result))
@@ -264,10 +264,10 @@ def start(worker: str, args: Args, data: Path, **job: Any) -> dict[str, Any]:
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[dict], bool]:
-    """Print the agreement; its rows, and whether all is well: each value within 1e-4 of its size.
+    """Print the agreement; return its rows, and whether all is well: each value within 1e-4 of its size.
 
     A reward is beta times a difference of two log-probabilities, whose rounding errors grow with their own size: 1e-6
-    of that is allowed besides. Before the first update rewards are nothing but such errors, and the accuracy is chance.
+    of that is allowed on top. Before the first update rewards are nothing but such errors, and the accuracy is chance.
     """
     rows, same = [], ours["pairs"] == theirs["pairs"]
     print(f"token ids are {'the same' if same else 'NOT the same'}\n")
@@ -318,7 +318,7 @@ def summarise(runs: list[dict], args: Args, version: str) -> list[dict[str, Any]
 
 def main(args: Args) -> None:
     if min(args.warmup_steps, args.steps) < 1 or any(args.pairs_per_step % n for n in (args.device_batch, TRL_BATCH)):
-        sys.exit(f"error: a warm-up step, a timed step, and a multiple of {TRL_BATCH} and --device-batch pairs, please")
+        sys.exit(f"error: needs warm-up steps, timed steps, and pairs in multiples of {TRL_BATCH} and --device-batch")
     packages = ("torch", "transformers", "trl", "accelerate", "datasets")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -2,7 +2,7 @@
 
     python docs/iterated_dpo.py --rounds 2 --model-name-or-path MODEL --dataset-name DATA --judge-name-or-path JUDGE
 
-A round has its own prompts, and starts from the last one's model, which is its reference. Other flags are dpo.py's.
+Each round has its own prompts, and starts from the previous one's model, its reference. Other flags are dpo.py's.
 """
 
 import json
@@ -19,12 +19,12 @@ import dpo  # noqa: E402
 @dataclass
 class Args:
     rounds: int = 2
-    num_prompts: int = 2000  # in each round, at most
-    num_answers: int = 4  # to each
+    num_prompts: int = 2000  # prompts to answer in each round, at most
+    num_answers: int = 4  # answers to each prompt
 
 
 def make_pairs(run: dpo.Run, policy: dpo.Any, pairs: list[dpo.Pair], count: int, seed: int, ties: bool) -> list[dict]:
-    """Rows with the best and the worst of some answers to each prompt, if they ended; and if scores differ, or ties."""
+    """Rows with the best and the worst of some answers to each prompt, if both ended; equal scores only with ties."""
     pairs, rows = [pair for pair in pairs for _ in range(count)], []
     with dpo.inference(policy), dpo.torch.compiler.set_stance("force_eager"):
         answers = dpo.generate(run, policy, [pair.prompt_ids for pair in pairs], seed, temperature=1.0)

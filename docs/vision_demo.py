@@ -1,13 +1,13 @@
-"""Pictures whose content is known, a tiny LLaVA that names things that are not there, and pairs against that.
+"""Pictures whose content is known, a tiny LLaVA that names things that are not there, and pairs to cure it.
 
     python docs/vision_demo.py runs/vision               # about a minute: FOLDER/model, data and pictures
     python vision_dpo.py --model-name-or-path runs/vision/model --dataset-name runs/vision/data \\
         --judge-name-or-path docs/vision_demo.py
 
-A picture has one to four things, each of a colour and a shape, in the quarters of a square; its description names them
-in the order of reading. The model sees true pictures, but in the descriptions that it learns from, any thing is
-with probability --noise another one. In a pair, the rejected description has one thing that is not in the picture. As
-the judge, this file counts such things, and gives minus their number.
+A picture has one to four things, each with a colour and a shape, in the quarters of a square; its description names
+them in reading order. The model learns from correct pictures, but in their descriptions each thing is replaced by
+another one with probability --noise. In a pair, the rejected description has one thing that is not in the picture. As
+the judge, this file returns minus the number of such things.
 """
 
 import json
@@ -43,7 +43,7 @@ class Args:
 
 
 def draw(things: list[str | None]) -> Image.Image:
-    """The things of the quarters of a picture, None for an empty one."""
+    """A picture with a thing in each quarter; None leaves a quarter empty."""
     picture = Image.new("RGB", (32, 32), "black")
     pen = ImageDraw.Draw(picture)
     for i, thing in enumerate(things):
@@ -64,7 +64,7 @@ def describe(things: list[str | None]) -> str:
 
 
 def change(things: list[str | None], i: int, luck: random.Random) -> list[str | None]:
-    """With one thing that is not in the picture in the place of thing i."""
+    """The things, with thing i replaced by one that is not in the picture."""
     return things[:i] + [luck.choice([thing for thing in THINGS if thing not in things])] + things[i + 1 :]
 
 

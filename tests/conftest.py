@@ -23,7 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
 SCRIPTS = ["dpo", "ipo", "simpo", "pre_dpo", "spin", "kto", "oaif", "grpo", "rlhf_ppo"]
-# What is shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
+# Shared text is tested with dpo.py in the fast tier, and with its siblings in the slow one.
 DPO_AND_SLOWLY_THE_OTHERS = [pytest.param(name, marks=[] if name == "dpo" else pytest.mark.slow) for name in SCRIPTS]
 
 SIZES = {"vocab_size": 900, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def group():
-    """The scripts make a process group for themselves; one that ended early has left it."""
+    """The scripts make a process group for themselves; one that ended early left it behind."""
     yield
     leave_group()
 
@@ -78,7 +78,7 @@ def load_script(name):
 
 
 def start(name, model, **flags):
-    """A Run as main makes it, of a script with a model."""
+    """A script's Run with a model, as main makes it."""
     leave_group()
     script = load_script(name)
     return script.start_run(script.Args(model_name_or_path=str(model), **flags))
@@ -169,14 +169,14 @@ def bandit_optimum(compute_loss, options, reference, pairs=None, weights=1.0, **
 
 
 def load_plain(path, head="CausalLM"):
-    """A model as transformers loads it. Rows are given to it alone, so that a score is that of the last token."""
+    """A model as transformers loads it. Rows are passed one by one, so that a score is that of the last token."""
     model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(path, dtype=torch.float32)
     model.config.pad_token_id = None
     return model
 
 
 def naive_logps(model, prompt, answer):
-    """Of each token of an answer."""
+    """Log-probability of each token of an answer."""
     logps = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return logps[range(len(prompt) - 1, len(prompt) + len(answer) - 1), answer]
 

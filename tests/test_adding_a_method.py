@@ -36,7 +36,7 @@ def test_loss_and_gradient_are_those_of_the_paper(orpo, q):
 
 
 def test_steps_are_those_of_trl(orpo, tiny_model, tmp_path):
-    """TRL takes the mean over all tokens behind the first of a pass: prompts are that first one, and a pass a pair."""
+    """TRL takes the mean over all tokens of a pass but the first: so prompts are one token, and a pass is one pair."""
     path, rows = tiny_model(), [row | {"prompt": "A"} for row in text_pairs(12)]
     data = {"dataset_name": write_rows(tmp_path / "rows.jsonl", rows), "dataset_test_split": "train"}
     flags = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "beta": 0.3, "output_dir": str(tmp_path / "run")}

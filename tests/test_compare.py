@@ -86,7 +86,7 @@ def test_verdicts():
 
 
 def test_lengths_at_equal_kl():
-    """Two straight lines, whose distance is 3 + 2 KL; compared are KLs from 2 to 4, 3 in the mean."""
+    """Two straight lines, whose distance is 3 + 2 KL; it is taken at KLs from 2 to 4, on average 3."""
     dpo = {"evals": [{"kl": kl, "response_length": 25 - kl} for kl in (0.0, 1.0, 4.0)]}
     simpo = {"evals": [{"kl": kl, "response_length": 22 - 3 * kl} for kl in (0.0, 3.0, 6.0)]}
     assert report.shorter_at_equal_kl(dpo, simpo) == pytest.approx(9.0)

@@ -1,4 +1,4 @@
-"""The rules that keep the scripts minimal, and a diff of two of them to what their methods differ in."""
+"""The rules that keep the scripts minimal, and the diff of two scripts limited to where their methods differ."""
 
 import ast
 import difflib
@@ -95,7 +95,7 @@ def test_changed_lines(name):
 
 
 def test_functions_of_one_name_have_one_body():
-    """But for those that the method's regions are for."""
+    """Except for those that are meant to differ between methods."""
     bodies, their_own = {}, {"compute_loss", "encode_rows", "split_row", "main"}
     for name in SCRIPTS:
         for node in read_tree(name).body:

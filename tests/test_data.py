@@ -34,7 +34,7 @@ def test_forms(form):
 
 
 def test_sentencepiece_puts_no_space_before_an_answer():
-    """Prompt and answer are the tokens of the whole; of an answer alone the first would be that of a word inside."""
+    """Prompt and answer have the tokens of the whole text; an answer by itself would start as if after a space."""
     names, merges = ["<unk>", "<s>", "</s>", "\n", *"▁Hiok", "Hi", "▁Hi", "ok", "▁ok"], ["H i", "▁ Hi", "o k", "▁ ok"]
     vocab = {name: number for number, name in enumerate(names)}
     tokenizer = LlamaTokenizer(vocab=vocab, merges=[tuple(merge.split()) for merge in merges])
@@ -63,7 +63,7 @@ def test_a_template_that_changes_an_answered_prompt_ends_the_run():
 
 
 def test_a_template_may_write_the_date():
-    """So that the prompts of a resumed run are others: --resume looks at the repr of its pairs."""
+    """The prompts of a resumed run then differ, which is allowed: --resume compares the repr of the pairs."""
     run, pairs = start("dpo", TOY / "policy"), []
     template = run.tokenizer.chat_template
     for day in ("Monday", "Tuesday"):
@@ -99,7 +99,7 @@ def test_long_and_equal_pairs_are_dropped():
 
 
 def test_file_without_a_test_split(tmp_path):
-    """The last tenth of the pairs is kept for testing; a file that keeps its time but not its rows is read anew."""
+    """The last tenth of the pairs is kept for testing; a file whose rows change but not its time is read anew."""
     file, lines = tmp_path / "pairs.csv", [f'"Review, the {i}.",good {i},bad,0.9' for i in range(40)]
     for count, kept in ((40, 36), (20, 18)):
         file.write_text("\n".join(["prompt,chosen,rejected,preference_prob", *lines[:count]]))
@@ -120,7 +120,7 @@ def test_micro_batches(world_size):
     assert len({len(plan) for plan in plans}) == 1
     totals = [sum(lengths[i] for i in group) for group in groups]
     assert max(totals) <= 100 + max(lengths) and max(totals) - min(totals) <= max(lengths)
-    for same_round in zip(*plans, strict=True):  # FSDP needs as many passes on each process
+    for same_round in zip(*plans, strict=True):  # FSDP needs equally many passes on each process
         assert len({len(group) for group in same_round}) == 1
 
 

@@ -1,4 +1,4 @@
-"""DIFFS.md, the page of what each script changes of dpo.py."""
+"""DIFFS.md, the page of what each script changes in dpo.py."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def read_diff(name):
     return diff.split("\n")
 
 
-def test_page_is_what_the_scripts_give(tmp_path, monkeypatch):
+def test_page_matches_the_scripts(tmp_path, monkeypatch):
     diffs.main(diffs.Args(check=True))
     monkeypatch.setattr(diffs, "ROOT", tmp_path)
     for name in ["dpo", *SIBLINGS]:
@@ -29,7 +29,7 @@ def test_page_is_what_the_scripts_give(tmp_path, monkeypatch):
     diffs.main(diffs.Args(check=True))
     with (tmp_path / "dpo.py").open("a") as file:
         file.write("# one more line\n")
-    with pytest.raises(SystemExit, match="error: DIFFS.md is not what the scripts give"):
+    with pytest.raises(SystemExit, match="error: DIFFS.md does not match the scripts"):
         diffs.main(diffs.Args(check=True))
 
 

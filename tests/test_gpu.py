@@ -36,7 +36,7 @@ def test_float32_gives_what_a_cpu_gives(data, tmp_path):
 
 
 def test_killed_run_goes_on(data, tmp_path):
-    """To rounding: the order of some sums on a GPU is not fixed."""
+    """Up to rounding: the order of some sums on a GPU is not fixed."""
     flags = [*flags_of("dpo", data), "--save-steps", "2"]
     finish("dpo", tmp_path / "whole", *flags, gpu="0")
     run_killed("dpo", tmp_path / "killed", *flags, at=4, gpu="0")

@@ -8,7 +8,7 @@ LENGTH = "def reward(prompts, completions, **_): return [len(completion[0]['cont
 
 
 def test_two_rounds(data, tmp_path):
-    """The longer answers are the chosen ones, rounds share the prompts, the second starts at the first's model."""
+    """The longer answers are chosen, no prompt is in two rounds, the second starts from the first's model."""
     (tmp_path / "judge.py").write_text(LENGTH)
     flags = ["--dataset-name", data, "--judge-name-or-path", tmp_path / "judge.py", "--output-dir", tmp_path / "run"]
     flags += ["--num-answers", "3", "--batch-size", "4", "--num-eval-prompts", "8", "--max-new-tokens", "48"]

@@ -55,7 +55,7 @@ def test_bad_rows_end_the_run(row):
         kto.encode_rows(start("kto", TOY / "policy"), [row], "train")
 
 
-def test_other_answers_are_those_of_the_example_before_within_the_step():
+def test_other_answers_are_those_of_the_previous_example_of_the_step():
     pairs = [kto.Pair(row, "a", {}, [5], [10 + row], [], 1.0) for row in range(5)]
     examples, batches = kto.add_others(pairs, [[3, 0, 4], [2, 1]], max_length=2)
     assert [(e.row, e.chosen_ids, e.rejected_ids) for e in examples] == [
@@ -66,7 +66,7 @@ def test_other_answers_are_those_of_the_example_before_within_the_step():
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 10_000])
 def test_steps_are_those_of_a_naive_loop(micro_batch_tokens, tiny_model, tmp_path):
-    """Two steps of a run, whichever its micro-batches: loss, z0, gradient norm; and the test loss after them."""
+    """Two steps of a run, whatever its micro-batches: loss, z0, gradient norm; and the test loss after them."""
     path, rows = tiny_model(), []
     for i, pair in enumerate(text_pairs(6)):
         label = i % 2 == 1
@@ -102,6 +102,6 @@ def test_steps_are_those_of_a_naive_loop(micro_batch_tokens, tiny_model, tmp_pat
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    assert logged[1]["train/z0"] > 0  # else nothing of it was seen
+    assert logged[1]["train/z0"] > 0  # else z0 would be untested
     losses = [naive_loss(example, z0=0.0).item() for example in kto.make_examples(kto.load_pairs(run)[1])]
     assert logged[1]["eval/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)

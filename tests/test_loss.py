@@ -44,7 +44,7 @@ def test_minimiser_on_a_bandit_is_the_tilted_reference(beta):
 
 # === All losses of pairs ===
 
-LOSSES = {  # of pre_dpo.py, see test_pre_dpo.py
+LOSSES = {  # for those of pre_dpo.py see test_pre_dpo.py
     "dpo": ("dpo", {"beta": 0.1}),
     "ipo": ("ipo", {"beta": 0.1, "normalize": False}),
     "ipo, length-normalised": ("ipo", {"beta": 0.1, "normalize": True}),

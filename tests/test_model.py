@@ -21,7 +21,7 @@ def draw_rows(*lengths):
 
 
 def assert_naive(path, model, rows, atol):
-    """Log-probabilities and their gradient are those of each row alone; gives the model that says so."""
+    """Log-probabilities and their gradient are those of each row by itself; returns the plain model."""
     found, naive = dpo.token_logps(model, rows), load_plain(path)
     expected = [naive_logps(naive, *row) for row in rows]
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-4, atol=atol)
@@ -32,14 +32,14 @@ def assert_naive(path, model, rows, atol):
     return naive
 
 
-# How each family passes: packed rows, or one row after another with the model's own attention and head.
+# How each family is run: packed rows, or one row after another with the model's own attention and head.
 ATTENTION = dict.fromkeys(["llama", "llama-untied", "qwen3", "mistral", "mixtral", "gemma3", "gpt-neox"], "packed")
 ATTENTION |= {"gpt2": "packed", "gemma2": "eager", "granite": "sdpa", "cohere": "sdpa"}
 
 
 @pytest.mark.parametrize("family", ATTENTION)
 def test_families(tiny_model, family):
-    """Log-probabilities and their gradient are those of each row alone, and sampling at no temperature is greedy."""
+    """Log-probabilities and their gradient are those of each row by itself, and sampling at temperature 0 is greedy."""
     path, rows = tiny_model(family), draw_rows((3, 4), (9, 1), (5, 12))
     run = start("dpo", path, max_new_tokens=6)
     model = dpo.load_model(run, path, trainable=True)
@@ -62,7 +62,7 @@ def test_long_answers_pass_the_head_in_chunks(tiny_model):
 
 
 def test_samples_have_the_frequencies_of_the_model(tiny_model, tmp_path):
-    """A generation_config.json with few candidates and a penalty is not obeyed; its end-of-sequence tokens are."""
+    """Top-k, top-p and penalty of a generation_config.json are ignored; its end-of-sequence tokens are not."""
     folder, model = shutil.copytree(tiny_model(), tmp_path / "model"), load_plain(tiny_model())
     greedy = naive_greedy(model, [8, 9], 9)
     assert len(set(greedy)) < 9  # so that a penalty for repetitions would be seen
@@ -149,10 +149,10 @@ def varlen_by_mask(query, key, value, ends, _, longest, __, window_size, scale, 
 @torch._inductor.config.patch({"cpp.simdlen": 1})  # without vectors, so alike on all processors
 @pytest.mark.parametrize("family, flags", [("qwen3", {"gradient_checkpointing": True}), ("gemma3", {"lora_rank": 2})])
 def test_layers_compiled_as_on_a_gpu(tiny_model, monkeypatch, family, flags):
-    """Gradients change no bit of a pass, other lengths compile nothing anew, and a model that is let go is freed."""
+    """Gradients change no bit of a pass, other lengths recompile nothing, and a model no longer in use is freed."""
     path, judge = tiny_model(family), tiny_model(family, "SequenceClassification", num_labels=1)
     run, layer = start("dpo", path, dtype="bfloat16", **flags), type(load_plain(path).model.layers[0])
-    # Put back behind the test; but what FSDP makes of such a class stays, so no other test trains one in bfloat16.
+    # Restored after the test; but what FSDP makes of such a class stays, so no other test trains one in bfloat16.
     monkeypatch.setattr(layer, "forward", layer.forward)
     monkeypatch.setattr(dpo, "CUDA", True)
     monkeypatch.setattr(dpo, "varlen_attn", varlen_by_mask)

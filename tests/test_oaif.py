@@ -18,7 +18,7 @@ HOTEL = [{"role": "user", "content": "Review the hotel Blue Crown."}]
 
 
 def asked(prompt, **columns):
-    """A pair of which the annotator reads the prompt, and a Python file the other columns, too."""
+    """A pair whose prompt the annotator reads; a Python file also reads the other columns."""
     return oaif.Pair(0, prompt, columns, [], [], [], 1.0)
 
 
@@ -49,7 +49,7 @@ def test_losses_and_gradients(loss):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_the_probability_of_a_reply_is_that_of_its_token(tiny_model, family):
-    """By a forward pass of each question alone, and a softmax over the replies 1 and 2; packed, but for gemma2."""
+    """By a forward pass of each question by itself, and a softmax over the replies; packed, except for gemma2."""
     run = start("oaif", tiny_model(), annotator_name_or_path=tiny_model(family), micro_batch_tokens=100)
     annotator, model = oaif.load_annotator(run), load_plain(tiny_model(family))
     assert (annotator.model.config._attn_implementation == "packed") == (family != "gemma2")
@@ -65,13 +65,13 @@ def test_the_probability_of_a_reply_is_that_of_its_token(tiny_model, family):
 
 
 def test_replies_that_are_not_single_tokens(tmp_path):
-    """A tokenizer that takes a 2 apart."""
+    """A tokenizer that splits a 2."""
     folder = shutil.copytree(TOY / "policy", tmp_path / "annotator")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Replace", "pattern": {"String": "2"}, "content": "two, that is to say"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     run = start("oaif", TOY / "policy", annotator_name_or_path=str(folder))
-    with pytest.raises(SystemExit, match="^error: to the annotator's tokenizer, the replies 1 and 2"):
+    with pytest.raises(SystemExit, match="^error: the annotator's tokenizer does not encode the replies 1 and 2"):
         oaif.ask(run, oaif.load_annotator(run), ["Which?"])
 
 
@@ -143,7 +143,7 @@ CASES = [  # answers, of which those that end with / were cut off; preferences o
 
 
 def test_pairs(tmp_path, monkeypatch):
-    """An answer that ended wins against one that did not, whatever is said. Cut, equal or empty, it is not written."""
+    """An answer that ended wins against one that did not, in any case. Cut, equal or empty ones are not written."""
     run = start("oaif", TOY / "policy", output_dir=str(tmp_path))
     truths = oaif.encode_rows(run, read_rows(TOY / "train.jsonl")[: len(CASES)], "train")
     columns = list(zip(*CASES, strict=True))
@@ -155,7 +155,7 @@ def test_pairs(tmp_path, monkeypatch):
         assert pairs[i] == replace(truths[i], chosen_ids=sides[better][i], rejected_ids=sides[1 - better][i])
     assert metrics["train/cut_answers"] == pytest.approx(4 / 14)
     assert metrics["train/equal_answers"] == pytest.approx(1 / 7)
-    assert metrics["train/order_agreement"] == pytest.approx(6 / 7)  # all but the one that was cut off twice
+    assert metrics["train/order_agreement"] == pytest.approx(6 / 7)  # all but the pair of two cut answers
     assert metrics["train/preference"] == pytest.approx(sum(columns[4]) / 7)
     assert metrics["train/chosen_length"] == pytest.approx(sum([len(pair.chosen_ids) for pair in pairs]) / 7)
     assert metrics["train/rejected_length"] == pytest.approx(sum([len(pair.rejected_ids) for pair in pairs]) / 7)
@@ -225,7 +225,7 @@ def test_a_run(data, tmp_path, monkeypatch):
 
 
 def test_default_annotators(tiny_model):
-    """The initial policy is its own; the test bed has one, which was trained on its own instruction."""
+    """The initial policy is its own annotator; the test bed has one, with an instruction it was trained on."""
     run, toy = start("oaif", tiny_model()), start("oaif", TOY / "policy").args
     annotator, initial = oaif.load_annotator(run), weights_of(tiny_model())
     assert all(torch.equal(weight, initial[name]) for name, weight in annotator.model.named_parameters())

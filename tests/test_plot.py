@@ -14,7 +14,7 @@ def write_run(folder, evals, **metrics):
 
 
 def test_picture_has_the_numbers_of_each_run(tmp_path):
-    """One without evaluation, as with --num-eval-prompts 0, is drawn as far as it goes."""
+    """A run without evaluation, as with --num-eval-prompts 0, is drawn as far as it goes."""
     first = [{"eval/win_rate": rate, "eval/win_rate_ci95": 0.1 * rate, "eval/kl": rate} for rate in (0.5, 0.8)]
     runs = [write_run(tmp_path / "a", [row | {"eval/response_length": 20.0} for row in first])]
     runs.append(write_run(tmp_path / "b", [{"eval/response_length": 20.0}, {"eval/response_length": 9.0}]))

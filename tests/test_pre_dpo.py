@@ -113,5 +113,5 @@ def test_a_guide_of_another_vocabulary(existing, data):
     vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
     (existing / "tokenizer.json").write_text(json.dumps(tokenizer))
     flags = {"dataset_name": str(data), "guide_model_name_or_path": str(existing)}
-    with pytest.raises(SystemExit, match="^error: the guide .* has another vocabulary"):
+    with pytest.raises(SystemExit, match="^error: the guide .* does not have the policy's vocabulary"):
         pre_dpo.main(pre_dpo.Args(**flags, output_dir=str(existing.parent / "run")))

@@ -1,4 +1,4 @@
-"""RLHF: PPO's losses, scalar heads, rollouts, one step of each stage, and how they follow."""
+"""RLHF: PPO's losses, scalar heads, rollouts, one step of each stage, and how the stages follow."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def models(run, tiny_model):
 
 
 def naive_scores(model, prompt, answer):
-    """Before each token of the answer, and behind the last one."""
+    """The scores before each token of the answer, and after the last one."""
     return torch.stack([model(torch.tensor([prompt + answer[:t]])).logits[0, 0] for t in range(len(answer) + 1)])
 
 
@@ -64,7 +64,7 @@ def test_losses_are_clipped():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral"])
 def test_scores_are_those_of_the_model_itself(family, run, tiny_model):
-    """Before each token of an answer, what the model says of the row up to there, alone."""
+    """Before each token of an answer, the model's score of the row up to there, by itself."""
     path = tiny_model(family, **SCORER)
     model, alone = rlhf.load_scorer(run, path), load_plain(path, SCORER["head"])
     values, rewards = rlhf.token_scores(model, ROWS), rlhf.rewards_of(model, ROWS)
@@ -124,7 +124,7 @@ def test_saved_reward_model_judges_as_it_was_trained(form, bos, tiny_model, tmp_
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Models answer as in ROWS; gives the list of what they are asked."""
+    """Models answer as in ROWS; returns the list of what they are asked."""
     calls = []
     monkeypatch.setattr(rlhf, "generate", lambda run, *rest, **more: calls.append([*rest, *more.values()]) or ANSWERS)
     return calls
@@ -157,7 +157,7 @@ def test_rollout(run, models, asked):
 
 @torch.no_grad()
 def test_shift_brings_the_reference_s_own_answers_to_0(run, models, asked):
-    """Those that end: the last row does not."""
+    """Only of answers that end: the last row's does not."""
     shift = rlhf.find_shift(run, models["reward_model"], models["reference"], PAIRS)
     assert asked == [[models["reference"], PROMPTS, run.args.seed, 1.0]]
     rewards = [naive_scores(models["reward_model"], *row)[-1].item() for row in ROWS[:3]]
@@ -233,7 +233,7 @@ def test_step_of_ppo(run, tiny_model, first_step, monkeypatch):
 
 
 def metrics_of(model, folder, **changes):
-    """Of a run of one step of SFT, one of the reward model and two of PPO."""
+    """Metrics of a run with one step of SFT, one of the reward model and two of PPO."""
     data = write_rows(folder / "data.jsonl", text_pairs(8))
     flags = {"model_name_or_path": model, "dataset_name": data, "dataset_test_split": "train", "num_eval_prompts": 4}
     flags |= {"output_dir": str(folder / "run"), "rollouts_per_step": 4, "max_new_tokens": 6, "ppo_epochs": 1}
@@ -268,7 +268,7 @@ CHANGES = [{}, {"dtype": "bfloat16"}, {"lora_rank": 2}, {"dtype": "bfloat16", "l
 CHANGES += [{"sft_epochs": 0, "reward_name_or_path": str(TOY / "judge")}]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=["float32", "bfloat16", "LoRA", "LoRA in bfloat16", "PPO alone"])
+@pytest.mark.parametrize("changes", CHANGES, ids=["float32", "bfloat16", "LoRA", "LoRA in bfloat16", "PPO only"])
 def test_first_answers_have_no_kl_and_a_ratio_of_exactly_1(changes, tiny_model, tmp_path):
     first, second = metrics_of(tiny_model(), tmp_path, micro_batch_tokens=100, **changes)[-2:]
     assert first["train/kl"] == 0 and second["train/kl"] != 0
@@ -285,7 +285,7 @@ def test_values_begin_at_0_with_a_reward_function(lora_rank, tiny_model, tmp_pat
 
 @pytest.mark.slow
 def test_ppo_finds_a_reward(tmp_path):
-    """Of 0.01 for each letter less: answers of 30 letters become shorter than 20 in 16 steps."""
+    """A reward of 0.01 for each letter less: answers of 30 letters become shorter than 20 in 16 steps."""
     (tmp_path / "reward.py").write_text("def reward(completions, **_): return [-len(c) / 100 for c in completions]")
     changes = {"reward_name_or_path": str(tmp_path / "reward.py"), "sft_epochs": 0, "learning_rate": 3e-4}
     changes |= {"dataset_name": write_rows(tmp_path / "pairs.jsonl", text_pairs(16)), "num_train_epochs": 16}
@@ -295,7 +295,7 @@ def test_ppo_finds_a_reward(tmp_path):
 
 
 def test_each_step_has_its_own_luck(tiny_model, tmp_path):
-    """Of answers to prompts that are all the same, by a policy that stays the same."""
+    """Prompts and policy stay the same, but the answers of two steps differ."""
     write_rows(tmp_path / "same.jsonl", [text_pairs(1)[0] | {"chosen": f"It was great {i}."} for i in range(24)])
     changes = {"dataset_name": str(tmp_path / "same.jsonl"), "sft_epochs": 0, "learning_rate": 0.0}
     first, second = metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(TOY / "judge"), **changes)[-2:]
@@ -306,7 +306,7 @@ def test_reward_models_of_another_vocabulary_are_refused(tiny_model, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOY / "judge")
     tokenizer.add_tokens(["<|more|>"])
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match="other has another vocabulary than the policy"):
+    with pytest.raises(SystemExit, match="other does not have the policy's vocabulary"):
         metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(tmp_path / "other"), max_steps=0)
 
 

@@ -45,7 +45,7 @@ def flags_of(name, data):
 
 
 def run_changed(name, folder, change, *flags, **options):
-    """A run of a script that lines of Python have changed before it starts."""
+    """Run a script after some lines of Python have changed it."""
     program = folder.parent / "changed.py"
     program.write_text(CHANGED.format(path=str(ROOT / f"{name}.py"), change=change))
     return run_script(program, "--output-dir", folder, *flags, **options)
@@ -62,7 +62,7 @@ script.main(script.tyro.cli(script.Args))
 
 
 def run_killed(name, folder, *flags, at, processes=1, **options):
-    """A run that is killed before the at-th gradient is clipped, or, at 0, in the middle of saving its policy."""
+    """Run a script, and kill it before it clips the at-th gradient, or, if at is 0, while it saves its policy."""
     ended = run_changed(name, folder, KILLED.format(at=at), *flags, processes=processes, **options)
     assert ended.returncode == -signal.SIGKILL if processes == 1 else ended.returncode != 0, ended.stderr[-3000:]
 
@@ -80,7 +80,7 @@ if {at} == 0:
 
 
 def assert_close_runs(folder, expected, tolerance=1e-5):
-    """Losses, gradient norms and weights, to rounding."""
+    """Losses, gradient norms and weights, up to rounding."""
     rows, expected_rows = read_rows(folder / "metrics.jsonl"), read_rows(expected / "metrics.jsonl")
     assert len(rows) == len(expected_rows)
     for row, other in zip(rows, expected_rows, strict=True):
@@ -133,7 +133,7 @@ def test_two_processes_give_what_one_gives(name, more, data, tmp_path):
 @SLOW
 @pytest.mark.parametrize("name", ["spin", "oaif", "grpo", "rlhf_ppo"])
 def test_two_processes_that_sample(name, data, tmp_path):
-    """Where answers depend on nothing but their prompt and its place in the step, all is as with one process."""
+    """If answers depend only on their prompt and its place in the step, all is as with one process."""
     for processes in (1, 2):
         ended = run_changed(name, tmp_path / str(processes), ANSWERS, *flags_of(name, data), processes=processes)
         assert ended.returncode == 0, ended.stderr[-3000:]
@@ -367,7 +367,7 @@ def test_no_evaluation_on_samples(data, tmp_path):
 
 
 def test_learning_rates():
-    """Up in a tenth of the steps, down in the others, and never 0: of 20 steps two are for warming up."""
+    """They rise in a tenth of the steps, fall in the others, and are never 0: two of 20 steps are warm-up."""
     model, falls = torch.nn.Linear(1, 1), {"linear": lambda share: 1 - share, "constant": lambda share: 1}
     falls["cosine"] = lambda share: (1 + math.cos(math.pi * share)) / 2
     for kind, fall in falls.items():
@@ -378,7 +378,7 @@ def test_learning_rates():
 
 
 def test_numbers_of_samples(tiny_model, data, tmp_path, monkeypatch):
-    """KL is the sum of log-ratios over an answer's tokens, its stop token included, and the mean of the answers."""
+    """KL is the sum of log-ratios over an answer's tokens, its stop token included, averaged over the answers."""
     dpo, answers = load_script("dpo"), [[5, 6, 0], [7, 0], [8, 9, 10, 11]]
     flags = {"dataset_name": str(data), "num_eval_prompts": 3, "output_dir": str(tmp_path / "run")}
     run = start("dpo", tiny_model(), **flags)

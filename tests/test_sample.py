@@ -86,7 +86,7 @@ def test_strings_are_what_a_user_says_and_without_a_template_the_text(tiny_model
 
 
 def test_samples_are_of_the_whole_distribution(tiny_model):
-    """Of 2,000 first tokens as many are beyond the 50 likeliest ones as the model's probabilities say."""
+    """As many of 2,000 first tokens are outside the 50 likeliest ones as the model's probabilities say."""
     args = sample.Args(tiny_model(), temperature=1.5, max_new_tokens=1)
     _, model, tokenizer = sample.load(args.model)
     chat = [{"role": "user", "content": "Review the hotel."}]
@@ -100,7 +100,7 @@ def test_samples_are_of_the_whole_distribution(tiny_model):
     assert 0.05 < expected < 0.95 and abs(found - expected) < 4 * (expected * (1 - expected) / 2000) ** 0.5
 
 
-def test_seed_decides_and_a_compared_model_meets_the_same_luck(tmp_path, capsys):
+def test_seed_decides_and_a_compared_model_gets_the_same_random_numbers(tmp_path, capsys):
     rows = [{"prompt": prompt, "n": n} for n, prompt in enumerate(PROMPTS)]
     flags, judge = {"batch_size": 4, "max_new_tokens": 12}, tmp_path / "judge.py"
     reward = 'def reward(completions, n, **_): return [i * len(c[0]["content"]) for i, c in zip(n, completions)]'
@@ -176,7 +176,7 @@ def test_chat_through_a_pipe():
 
 
 def test_labels_by_a_person(tmp_path, monkeypatch, capsys):
-    """Chosen is the answer that the screen shows under the key, and dpo.py and kto.py read it."""
+    """The chosen answer is the one that the screen shows under the key; dpo.py and kto.py read the file."""
     paths, label = [str(TOY / name) for name in ("policy", "annotator")], tmp_path / "labels.jsonl"
     prompts = Path(write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS]))
     args = sample.Args(paths[0], compare=paths[1], prompts=prompts, label=label, temperature=0, max_new_tokens=9)
@@ -202,7 +202,7 @@ def test_terminal_takes_single_keys_until_ctrl_c(tmp_path):
     command = [sys.executable, ROOT / "sample.py", TOY / "policy", "--prompts", TOY / "test.jsonl", "--label", label]
 
     def as_in_a_terminal():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by what a script runs in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else ignored if a script runs this in the background
         signal.alarm(300)
 
     with subprocess.Popen(command, stdin=terminal, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal) as run:

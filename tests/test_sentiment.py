@@ -51,7 +51,7 @@ def test_a_run_beside_a_course():
 
     line = course((0, 0), (4, 1), (2, 1))
     assert frontier.above(line, course((0, 0), (1, 0.7))).tolist() == pytest.approx([0.2, 0.4])  # the line is at 0.5
-    assert frontier.below(line, course((0, 0), (9, 0.7))).tolist() == pytest.approx([0.3, 0.6])  # and here level, at 1
+    assert frontier.below(line, course((0, 0), (9, 0.7))).tolist() == pytest.approx([0.3, 0.6])  # and level here, at 1
     both = course((0, 0), (1, 0.7), (9, 0.7))
     assert frontier.above(line, both).tolist() == pytest.approx([-0.05, -0.1])
     assert frontier.above(line, both, first_step=2).tolist() == pytest.approx([-0.3, -0.6])

@@ -10,7 +10,7 @@ simpo = load_script("simpo")
 
 @pytest.mark.parametrize("beta, gamma", [(2.5, 1.375), (10.0, 3.0), (2.0, 0.0)])
 def test_loss_is_that_of_the_paper(beta, gamma):
-    """Eq. 6: gamma is taken from the difference of the mean log-probabilities, each times beta."""
+    """Eq. 6: gamma is subtracted from the difference of the mean log-probabilities, each times beta."""
     batch = make_batch()
     losses, metrics = simpo.compute_loss(batch, beta=beta, gamma=gamma, label_smoothing=0.0)
     for i in range(5):

@@ -48,7 +48,7 @@ def test_iterations_on_a_bandit(beta):
 
 
 def test_forms_of_rows():
-    """The truth is the one answer of them all; no other answer is read."""
+    """All forms give the same truth, and no other answer is read."""
     run = start("spin", TOY / "policy")
     strings = {"prompt": "<|user|>How was it?<|assistant|>", "completion": "Great."}
     talk = [QUESTION, WORSE, QUESTION, ANSWER]
@@ -74,7 +74,7 @@ def played(data):
 
 
 def test_pairs_of_an_iteration(played, monkeypatch):
-    """Of other prompts in each; answers, and all log-probabilities, of the old pairs too, are the opponent's."""
+    """Each iteration has other prompts; answers and all log-probabilities, old pairs' too, are the opponent's."""
     run, opponent, truths = played
     old = [replace(truths[i], rejected_ids=truths[0].chosen_ids, ref_logps=(99, 99)) for i in (1, 2, 3)]
     generate, calls = spin.generate, []

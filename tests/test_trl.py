@@ -86,7 +86,7 @@ def test_dpo(tiny_model, tmp_path, batch_size):
 
 
 def test_ipo(tiny_model, tmp_path):
-    """Whose loss is on log-ratios divided by lengths."""
+    """TRL's loss is on log-ratios divided by lengths."""
     path, (flags, options) = tiny_model(), settings(4, tmp_path, beta=0.4, loss_type=["ipo"])
     ours, order = run_ours("ipo", path, tmp_path, beta=0.4, length_normalize=True, **flags)
     assert_equal(ours, run_theirs(trl.DPOTrainer, trl.DPOConfig(**options), load(path), order)[1])
@@ -114,7 +114,7 @@ def test_stage_2_of_pre_dpo(tiny_model, tmp_path):
 
 
 def test_kto(tiny_model, tmp_path):
-    """With one micro-batch a step, in which TRL takes its z0, too."""
+    """With one micro-batch a step, since TRL takes z0 from a micro-batch."""
     path, (flags, options) = tiny_model(), settings(8, tmp_path, beta=0.3, precompute_ref_log_probs=True)
     ours, _ = run_ours("kto", path, tmp_path, beta=0.3, **flags)
     script, rows = load_script("kto"), []
@@ -194,7 +194,7 @@ def test_grpo(tiny_model, tmp_path, loss_type):
     inputs["old_logps"] = torch.stack([logp.sum() for logp in old])
     theirs = trainer._compute_loss(trainer.model, inputs)
     theirs.backward()
-    if loss_type != "rloo":  # whose value is by token here and by answer there
+    if loss_type != "rloo":  # rloo's value is by token here and by answer in TRL
         assert losses.mean().item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
     for weight, expected in zip(policy.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Builds the toy test bed: a tokenizer, three tiny models and two files of preference pairs, from nothing and offline.
+"""Builds the toy test bed: a tokenizer, three tiny models and two files of preference pairs, from scratch and offline.
 
     python toy/make_toy.py              # builds everything in this folder
     python toy/make_toy.py --measure    # only measures the files that are there, and builds nothing
@@ -38,7 +38,7 @@ from transformers import (
 SEED = 1
 VOCAB_SIZE = 900
 TRAIN_PAIRS, TEST_PAIRS = 4000, 1024
-SAMPLES = 4  # of each prompt, of which the best and the worst make a pair
+SAMPLES = 4  # answers to each prompt, of which the best and the worst make a pair
 AGREEMENT = 0.76  # how often a label agrees with the judge: sets the scale of the Bradley-Terry model
 
 ANNOTATOR_PROMPT = (
@@ -274,7 +274,7 @@ def write_sentence(rng, thing, key, sentiment):
 
 
 def write_review(rng, thing, moods=None, length=None, noise=None):
-    """A review: one mood (odds of good, neutral, bad sentences), now and then one that is off-topic or repeated."""
+    """A review in one mood (odds of good, neutral, bad sentences); some sentences are off-topic or repeated."""
     moods = moods or rng.choices([(17, 3, 0), (0, 3, 17), (4, 3, 4)], (3, 6, 1))[0]
     length = length or rng.choices(range(1, 8), (10, 20, 25, 20, 12, 8, 5))[0]
     noise = rng.choice([0, 0, 0, 0.2]) if noise is None else noise
@@ -384,7 +384,7 @@ def score(thing, text):
 
 @lru_cache(100_000)
 def sentiment_of(sentence):
-    """Of a sentence of the grammar, whatever it is about; of other text, by the sentiment words in it."""
+    """A sentence's sentiment: by the grammar, whatever it is about; of other text, by its sentiment words."""
     if parsed := parse_sentence(Thing("hotel", ""), sentence):
         return parsed[1]
     found = {SENTIMENT.get(word.strip(".,").lower(), 0) for word in sentence.split()}
@@ -462,7 +462,7 @@ def causal_lm(tokenizer, layers=4):
 
 
 def save(model, tokenizer, folder):
-    """In bfloat16. What is used from here on is the model that is read back."""
+    """Save in bfloat16. From here on, only the model that is read back is used."""
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
@@ -478,7 +478,7 @@ def pad(rows, value):
 
 
 def batches(make_row, steps, batch_size, length):
-    """Fresh rows for each step. Sixteen batches are made at a time and sorted, so that rows of like length meet."""
+    """Fresh rows for each step. Sixteen batches are made at a time and sorted, so that rows of similar length meet."""
     rng = random.Random(SEED)
     for start in range(0, steps, 16):
         rows = sorted((make_row() for _ in range(16 * batch_size)), key=length)
@@ -488,7 +488,7 @@ def batches(make_row, steps, batch_size, length):
 
 
 def mixed_batches(make_row, steps, batch_size, length, chunks=4):
-    """The same with all lengths in each batch, cut into chunks of like length: rows that differ much in their loss."""
+    """The same with all lengths in each batch, in chunks of similar length: for rows whose losses differ much."""
     for _ in range(steps):
         rows = sorted((make_row() for _ in range(batch_size)), key=length)
         yield [rows[i : i + batch_size // chunks] for i in range(0, batch_size, batch_size // chunks)]
@@ -617,7 +617,7 @@ def all_words():
 
 
 def corrupt(rng, text):
-    """Text that no longer is a review in plain English, or a worse one."""
+    """Text that is no longer a review in plain English, or that is a worse one."""
     words = text.split(" ")
     match rng.randrange(9):
         case 0:  # words in another order
@@ -673,8 +673,8 @@ NOTHING = (math.nan,) * 6  # where the auxiliary heads have nothing to say
 
 
 def judge_row(tokenizer, rng, samples):
-    """Tokens of a conversation, its score, and what the auxiliary heads are to say of each token: what `read_sentences`
-    says of the last sentence finished there, and mean value and number so far. One row in three is a policy sample."""
+    """Tokens of a conversation, its score, and the auxiliary heads' targets for each token: what `read_sentences` says
+    of the last sentence finished there, and mean value and number so far. One row in three is a policy sample."""
     if rng.random() < 0.33:
         thing, request, ids = rng.choice(samples)
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -695,7 +695,7 @@ def judge_row(tokenizer, rng, samples):
 
 
 def masked_mse(predicted, wished):
-    """The mean squared error where something is wished for (not NaN)."""
+    """The mean squared error where there is a target (not NaN)."""
     known = ~wished.isnan()
     return F.mse_loss(predicted.float()[known], wished[known])
 
@@ -774,7 +774,7 @@ def build_pairs(folder):
 
 
 def annotator_review(tokenizer, rng, samples):
-    """A request and two answers, of which any may be far from what the policy writes at first."""
+    """A request and two answers, either of which may be far from what the policy writes at first."""
     thing, request, ids = rng.choice(samples)
     answers = []
     for _ in range(2):
@@ -814,8 +814,8 @@ def running_values(text):
 
 
 def annotator_row(tokenizer, instruction, aim, request, answers):
-    """Tokens, the wished-for probability of "1", and what the auxiliary heads are to say of each token: positivity and
-    length of the answer so far, the same of answer 1 minus answer 2 so far."""
+    """Tokens, the target probability of "1", and the auxiliary heads' targets for each token: positivity and length of
+    the answer so far, and those of answer 1 minus those of answer 2 so far."""
     text = annotator_text(instruction, request, *answers)
     start_1 = text.index("Answer 1:\n") + 10
     start_2 = start_1 + len(answers[0]) + len("\n\nAnswer 2:\n")

@@ -1,6 +1,6 @@
-"""A reward for grpo.py on the test bed: how surely the annotator prefers an answer to the row's chosen one.
+"""A reward for grpo.py on the test bed: the annotator's probability that an answer is better than the row's chosen one.
 
-The annotator is that of oaif.py, asked the same question in both orders, so that the two methods have one source.
+The annotator is that of oaif.py, asked the same question in both orders, so that both methods have the same source.
 """
 
 from pathlib import Path

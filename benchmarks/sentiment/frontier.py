@@ -1,11 +1,11 @@
 """Runs the methods on sentiment/pairs and draws how much reward each gets for how much KL to the initial model.
 
     python benchmarks/sentiment/frontier.py                 # every run that results.json lacks, one by one
-    python benchmarks/sentiment/frontier.py --only 'dpo.py' # of these, those whose command has this expression
+    python benchmarks/sentiment/frontier.py --only 'dpo.py' # only those whose command matches this expression
     python benchmarks/sentiment/frontier.py --report        # no run, only the table in README.md and frontier.png
 
-A run is a script in a process of its own with one thread. results.json has its numbers under its command, without the
-model, as soon as it is over; the next call goes on from there. Two calls at once would overwrite each other's numbers.
+Each run is a script in its own process with one thread. Its numbers are stored in results.json under its command,
+without the model, as soon as it is over; the next call goes on from there. Two calls at once would overwrite numbers.
 """
 
 import json
@@ -40,12 +40,12 @@ COMMON = "--learning-rate 0.0005 --lora-rank 16 --dtype bfloat16 --num-eval-prom
 COMMON += f" --max-length 128 --judge-name-or-path {REWARD}"
 STEPS_16 = "--max-steps 16 --batch-size 16 --eval-steps 6"  # so evaluated after 6, 12 and 16 steps
 TWICE_8 = "--max-steps 8 --batch-size 16 --eval-steps 4"  # of each stage
-# A price of 0.1 for a nat in units of DPO's reward, whose pairs were drawn at SCALE 4, is 0.1 / 4 in those of the true
-# reward, and 0.067 in those of its standard deviation of 0.375 among the answers to a prompt, by which GRPO divides.
+# A nat costs 0.1 in units of DPO's reward, whose pairs were drawn at SCALE 4: that is 0.1 / 4 in units of the true
+# reward, and 0.067 in units of its standard deviation among the answers to a prompt, 0.375, by which GRPO divides.
 GRPO = "--max-steps 12 --batch-size 32 --eval-steps 4 --mask-truncated-completions --beta 0.067"
 PPO = "--max-steps 8 --rollouts-per-step 24 --eval-steps 3 --sft-epochs 0 --ppo-epochs 2"
 PPO += " --gae-lambda 1 --value-clip-range 10"  # so that a new value model learns fast
-TRUE = f"--kl-coef 0.025 --reward-name-or-path {REWARD} --missing-eos-score 0.3"  # a cut answer is an average one
+TRUE = f"--kl-coef 0.025 --reward-name-or-path {REWARD} --missing-eos-score 0.3"  # a cut answer counts as average
 LEARNED = "--kl-coef 0.1 --reward-learning-rate 0.0005 --batch-size 32 --missing-eos-score 0"  # of the pairs DPO sees
 
 
@@ -95,7 +95,7 @@ def command(name: str, seed: int) -> str:
 
 
 def plan() -> list[str]:
-    """All runs, first the first seed's; what the questions need least is at the end."""
+    """All runs, those of the first seed first; the ones that the questions need least come last."""
     planned = [command(name, seed) for methods in (METHODS, NOISE) for seed in SEEDS for name in methods]
     late = [command("spin", SEEDS[1])] + [command(name, seed) for seed in SEEDS for name in ("dpo_10", "cdpo_10")]
     return [words for words in planned if words not in late] + late
@@ -167,10 +167,10 @@ def lead(first: dict, second: dict) -> np.ndarray:
 
 
 def above(line: dict, run: dict, metric: str = "judge_score", first_step: int = 1) -> np.ndarray:
-    """What a run has above the course of another, the line from the initial model through its evaluations.
+    """How far a run is above the course of another, the line from the initial model through its evaluations.
 
-    The line gives a value for each KL. The run is compared with it at each of its own evaluations, whose mean it is;
-    beyond the line's end it is level."""
+    The line has a value for each KL, and is level beyond its end. The result is the run's mean distance from it, over
+    the run's own evaluations."""
     points = sorted(line["evals"], key=lambda point: point["kl"])
     kls, heights = [point["kl"] for point in points], np.array([point[f"each_{metric}"] for point in points])
     differences = []
@@ -222,7 +222,7 @@ def interval(values: np.ndarray) -> float:
 
 
 def verdict(differences: list[np.ndarray]) -> str:
-    """Of the differences of each seed: all of one sign, and 0 outside of the interval, which is over the prompts."""
+    """Not open if the seeds' mean differences have one sign, and the interval over the prompts excludes 0."""
     means, together = [values.mean() for values in differences], np.mean(differences, axis=0)
     if abs(together.mean()) <= interval(together) or min(means) < 0 < max(means):
         return "open"

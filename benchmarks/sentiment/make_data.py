@@ -1,13 +1,13 @@
-"""Pairs of a model's own answers, preferred by a reward that is known exactly; and what is made of them.
+"""Pairs of a model's own answers, preferred by a reward that is known exactly; and data sets derived from them.
 
-python benchmarks/sentiment/make_data.py    # where pairs/ is missing it is sampled: 17 minutes of one core
+python benchmarks/sentiment/make_data.py    # samples pairs/ if it is missing: 17 minutes of one core
 
 pairs/ has train.jsonl and test.jsonl, about different things. chosen_score and rejected_score are the true rewards. An
 answer a is preferred to b with the probability sigmoid(SCALE (score(a) - score(b))), the Bradley-Terry model, and is
 then `chosen`. Answers that did not end within 48 tokens are left out.
 
-From pairs/, without a model, come other labels of the same answers, in runs/sentiment:
-thumbs/    for kto.py: each answer alone, desirable with the probability sigmoid(SCALE (its score - the mean score))
+Other labels of the same answers are made from pairs/, without a model, in runs/sentiment:
+thumbs/    for kto.py: single answers, desirable with the probability sigmoid(SCALE (its score - the mean score))
 flipped-N/ the answer of the higher score is chosen, but in N % of the pairs the other one; ties are left out
 """
 
@@ -95,7 +95,7 @@ def sample_pairs(args: Args) -> None:
 
 
 def make_pairs(prompts: list, found: list[list[str]], count: int, rng: random.Random) -> list[dict]:
-    """Of six answers to a prompt, by score, the first is paired with the fourth and so on: few pairs are ties."""
+    """Of six answers to a prompt, sorted by score, the first is paired with the fourth, and so on: few ties."""
     reward, ranked, rows = runpy.run_path(str(HERE / "reward.py"))["reward"], [], []
     for texts in found:
         scores = reward(texts[: 2 * count], texts[: 2 * count])  # prompts do not matter to it
@@ -109,7 +109,7 @@ def make_pairs(prompts: list, found: list[list[str]], count: int, rng: random.Ra
 
 
 def make_row(prompt: list, chosen: tuple[float, str], rejected: tuple[float, str]) -> dict:
-    """A pair, from two answers with their scores before them."""
+    """A pair, from two tuples (score, answer)."""
     sides = [[{"role": "assistant", "content": text}] for _, text in (chosen, rejected)]
     row = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
     return row | {"chosen_score": chosen[0], "rejected_score": rejected[0]}

@@ -1,6 +1,6 @@
 """Reward of 1 if the last number of an answer is that of the column `answer`, and 0 if not.
 
-1,234 and 1234.0 are the same; an `answer` in the form of GSM8K has its number behind "####".
+1,234 and 1234.0 are the same; an `answer` in the form of GSM8K has its number after "####".
 """
 
 import re

@@ -1,6 +1,6 @@
 """Reward of 1 if an answer keeps the constraint that its prompt names, and 0 if not; checks like those of IFEval.
 
-Columns of a row, beside `prompt`: `constraint` and `value`, as docs/tasks/make_data.py writes them.
+Columns of a row, besides `prompt`: `constraint` and `value`, as docs/tasks/make_data.py writes them.
 """
 
 import re

@@ -41,7 +41,7 @@ ENDINGS = ["That is all.", "The end.", "Thank you.", "I hope this helps."]
 class Args:
     task: Annotated[Literal["format", "arithmetic"], tyro.conf.Positional]
     folder: Annotated[Path, tyro.conf.Positional]
-    num_prompts: int = 2000  # to train on; 200 more are to test on, all different and about other things or numbers
+    num_prompts: int = 2000  # for training; 200 more, all different and about other things or numbers, are for testing
     seed: int = 1
 
 
