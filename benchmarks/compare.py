@@ -64,6 +64,8 @@ METHODS = {
         "--kl-coef",
         (0.02, 0.05, 0.15),
     ),
+    # With the same reward model; in 80 steps, as by default.
+    "grpo": Method("GRPO", f"grpo.py --reward-name-or-path {FOLDER}/reward-{{seed}}", "--beta", (0.013, 0.04, 0.12)),
 }
 VARIANTS = {  # tuned because claims need them; other losses use the learning rates tuned with DPO's, online and offline
     "dpo_2_epochs": Method("DPO, two epochs", "dpo.py --num-train-epochs 2", "--beta", (0.03, 0.1, 0.3)),
