@@ -78,7 +78,7 @@ class Args:
     max_length: int = 1024  # most tokens of prompt and answer, up to the model's positions; longer pairs are dropped
     # --- optimisation ---
     batch_size: int = 64  # pairs per optimiser step, over all devices
-    micro_batch_tokens: int | None = None  # tokens in a pass, about; None = 1024, on a GPU up to 32768, by its memory
+    micro_batch_tokens: int | None = None  # tokens in a pass, about; None = 1024, on a GPU by memory and hidden size
     num_train_epochs: int = 1  # passes over the training pairs
     max_steps: int | None = None  # maximum number of optimiser steps; 0 = only evaluate
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # constant: no warm-up, no decay
@@ -402,11 +402,11 @@ def start_training(run: Run, models: dict, lr: float, steps: int, start: int = 0
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), lr=lr, eps=eps, weight_decay=0, fused=True)
     # A schedule of n steps is 0 at steps 0 and n, so steps 1 to n are taken from one of n + 1 steps.
     warmup_steps = math.ceil(run.args.warmup_ratio * steps)
-    scheduler = transformers.get_scheduler(run.args.lr_scheduler_type, optimizer, warmup_steps, steps + 1)
+    schedule = transformers.get_scheduler(run.args.lr_scheduler_type, optimizer, warmup_steps, steps + 1).lr_lambdas[0]
     if run.saved_step > start:
         reader = dcp.HuggingFaceStorageReader(str(run.folder / f"checkpoint-{run.saved_step}"))
         dcp.load(training_state(models, optimizer), storage_reader=reader)
-    return optimizer, [lr * scheduler.lr_lambdas[0](i + 1) for i in range(steps)], max(start, run.saved_step)
+    return optimizer, {start + i: lr * schedule(i) for i in range(1, steps + 1)}, max(start, run.saved_step)
 
 
 def update(run: Run, models: dict, optimizer: torch.optim.Optimizer, learning_rate: float) -> dict[str, float]:
@@ -547,8 +547,8 @@ def start_run(args: Args) -> Run:
     if args.resume and args.output_dir is None:
         sys.exit("error: --resume needs --output-dir")
     path = args.model_name_or_path
-    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    config, tokenizer = AutoConfig.from_pretrained(path).get_text_config(), AutoTokenizer.from_pretrained(path)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
     for flag, value in asdict(args).items():  # on other values, training would silently be nonsense
         low = int(flag.endswith(("batch_size", "_tokens", "eval_steps", "ppo_epochs", "per_step", "iterations")))
         high = {"label_smoothing": 1, "warmup_ratio": 1, "max_length": positions}.get(flag, sys.float_info.max)
@@ -561,7 +561,7 @@ def start_run(args: Args) -> Run:
         stop_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
     toy = getattr(config, "cleanpo_toy", False)
     shared = [{"output_dir": f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"}]
-    shared[0]["micro_batch_tokens"] = min(32_768, torch.cuda.mem_get_info()[1] // 2_500_000) if CUDA else 1024
+    shared[0]["micro_batch_tokens"] = torch.cuda.mem_get_info()[1] // (3500 * config.hidden_size) if CUDA else 1024
     dist.broadcast_object_list(shared)  # those of rank 0: clock and memory may differ
     settled = {flag: values[2 if toy else 1 if args.lora_rank else 0] for flag, values in args.DEFAULTS.items()}
     settled |= {"judge_name_or_path": str(TOY / "judge") if toy and TOY.exists() else None} | shared[0]
@@ -634,7 +634,7 @@ def main(args: Args) -> None:
             losses, metrics = loss_of([pairs[i] for i in indices])
             (losses.sum() * WORLD_SIZE / len(pairs)).backward()  # mean of the step: FSDP divides by WORLD_SIZE
             parts.append({"loss": losses} | metrics)
-        metrics = update(run, models, optimizer, learning_rates[step - 1]) | means_of("train", parts, len(pairs))
+        metrics = update(run, models, optimizer, learning_rates[step]) | means_of("train", parts, len(pairs))
         if step % args.eval_steps == 0 or step == last_step:
             metrics |= evaluate(run, policy, test_pairs, loss_of, step)
         run.log(step, metrics)

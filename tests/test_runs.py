@@ -372,9 +372,9 @@ def test_learning_rates():
     falls["cosine"] = lambda share: (1 + math.cos(math.pi * share)) / 2
     for kind, fall in falls.items():
         run = start("dpo", TOY / "policy", lr_scheduler_type=kind)
-        _, rates, _ = load_script("dpo").start_training(run, {"policy": model}, 1.0, 20)
+        _, rates, _ = load_script("dpo").start_training(run, {"policy": model}, 1.0, 20, start=100)
         rise = [1, 1] if kind == "constant" else [1 / 2, 1]
-        assert rates == pytest.approx(rise + [fall(step / 19) for step in range(1, 19)])
+        assert rates == pytest.approx(dict(enumerate(rise + [fall(step / 19) for step in range(1, 19)], start=101)))
 
 
 def test_numbers_of_samples(tiny_model, data, tmp_path, monkeypatch):
