@@ -9,7 +9,8 @@
 A model is a hub id, a folder, or the folder of a run; LoRA adapters load, too. Without a chat template it gets plain
 text: in a chat, all lines so far. A file of prompts has rows with `instruction` or `prompt`, a string (which is what a
 user says) or chat messages. Answers are drawn from the whole distribution at --temperature; a model's own top-p or
-penalties are ignored. --compare's model gets the same random numbers, and writes NAME.compare.json. The formats are
+penalties are ignored. With --output, --compare's model gets the same random numbers, and writes NAME.compare.json. The
+formats are
 - alpaca-eval: a JSON list of {instruction, output, generator}, for AlpacaEval 1 and 2;
 - arena-hard: lines of {uid, ans_id, model, messages}, for Arena-Hard-Auto since April 2025 and its questions (v2.0 or
   v0.1). Its style control also wants metadata, which its utils/add_markdown_info.py adds.

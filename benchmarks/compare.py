@@ -264,8 +264,8 @@ def build(name: str) -> float:
     return seconds
 
 
-def measure_annotator(name: str) -> dict:
-    """Its size, and how often it prefers the answer that the judge scores higher, on test pairs in both orders."""
+def annotator_accuracy(name: str) -> float:
+    """How often an annotator prefers the answer that the judge scores higher, on test pairs in both orders."""
     sys.path.insert(0, str(ROOT / "toy"))
     import make_toy
 
@@ -278,7 +278,7 @@ def measure_annotator(name: str) -> dict:
         said = make_toy.verdicts(model, tokenizer, make_toy.INSTRUCTIONS["positive"][0], questions) > 0
         better = [(order[0] == "chosen") != row["label_flipped"] for row in rows]  # is the first answer the better one?
         right += (said == torch.tensor(better)).tolist()
-    return {"parameters": model.num_parameters(), "accuracy": sum(right) / len(right)}
+    return sum(right) / len(right)
 
 
 # === Running and reading ===
@@ -323,16 +323,23 @@ def save(results: dict) -> None:
     unfinished.rename(RESULTS)
 
 
-def run_all(results: dict, todo: list[str], jobs: int) -> None:
-    """Make runs, several at a time, and store each as soon as it is over."""
+def build_missing(results: dict, todo: list[str], jobs: int) -> None:
+    """Build what runs need, and store each record, if there is none yet, as soon as it is built."""
     parts = {part for words in todo for part in re.findall(rf"{FOLDER}/(\w+-\d+)", words)}
     missing = [part for part in sorted(parts) if not (ROOT / FOLDER / part).exists()]
     with ThreadPoolExecutor(jobs) as pool:
         for part, seconds in zip(missing, pool.map(build, missing), strict=True):
-            results["builds"][part] = {"cpu_seconds": round(seconds)}
+            record = {"cpu_seconds": round(seconds)}
             if part.startswith("annotator"):
-                results["builds"][part] |= measure_annotator(part)
+                record["accuracy"] = annotator_accuracy(part)
+            results["builds"].setdefault(part, record)
             save(results)
+
+
+def run_all(results: dict, todo: list[str], jobs: int) -> None:
+    """Make runs, several at a time, and store each as soon as it is over."""
+    build_missing(results, todo, jobs)
+    with ThreadPoolExecutor(jobs) as pool:
         tasks = {words: pool.submit(execute, words) for words in todo}
         try:
             for number, (words, task) in enumerate(tasks.items(), start=1):
@@ -348,6 +355,7 @@ def main(args: Args) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"builds": {}, "runs": {}}
     write_data()
     if args.again:
+        build_missing(results, [args.again], args.jobs)
         old, new = results["runs"][args.again], execute(args.again)
         same = {key: old[key] == new[key] for key in old if key != "cpu_seconds"}
         if not all(same.values()):

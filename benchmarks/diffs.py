@@ -81,7 +81,7 @@ w_U \bigl(1 - \sigma(\beta (z_0 - r))\bigr) & \text{if not}
         r"""
 An answer $`y`$ needs no partner: it is desirable or not, and a preference pair serves as two such answers
 (`make_examples`). Its log-ratio is compared with $`z_0`$, an estimate of how far the policy has moved from the
-reference, which is made from the answers $`y'`$ to other prompts (`add_others`) and passes no gradient. So a step goes
+reference, which is made from the answers $`y'`$ of other examples (`add_others`) and passes no gradient. So a step goes
 over its micro-batches twice, first for $`z_0`$. The loss flattens on both sides: an answer that is far on the right
 side of $`z_0`$, or hopelessly far on the wrong one, has little pull. The weights $`w_D`$ and $`w_U`$ make up for
 unequal numbers of both kinds.

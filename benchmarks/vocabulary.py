@@ -34,13 +34,14 @@ def measure(args: Args) -> None:
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         run = dpo.start_run(dpo.Args())
         model = dpo.load_model(run, folder, trainable=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # of GB; ru_maxrss is in bytes there, else in KB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     answers = torch.randint(5, args.vocabulary, (2, args.answer_length)).tolist()
     fields = {"row": 0, "prompt": "", "prompt_ids": [5, 6], "preference_prob": 1.0}
     pair = dpo.Pair(**fields, columns={}, chosen_ids=answers[0], rejected_ids=answers[1])
     losses, _ = dpo.compute_loss(dpo.forward(model, [pair]), 0.1, 0.0)
     losses.sum().backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     logits = 2 * args.answer_length * args.vocabulary * 4 / 2**30
     print(
         f"{args.vocabulary} tokens: peak {peak:.2f} GB, {peak - before:.2f} GB of it new; all logits: {logits:.2f} GB"

@@ -2,7 +2,8 @@
 
     python docs/iterated_dpo.py --rounds 2 --model-name-or-path MODEL --dataset-name DATA --judge-name-or-path JUDGE
 
-Each round has its own prompts, and starts from the previous one's model, its reference. Other flags are dpo.py's.
+Each round has its own prompts, and starts from the previous one's model, its reference. Other flags are dpo.py's, but
+rounds are not resumed, and run on one device.
 """
 
 import json
@@ -46,6 +47,8 @@ def main(args: Args, flags: list[str]) -> None:
     run = dpo.start_run(tyro.cli(dpo.Args, args=flags))
     if run.args.judge_name_or_path is None or run.args.lora_rank > 0:
         sys.exit("error: --judge-name-or-path is needed, and --lora-rank 0, since a round starts from a whole model")
+    if run.args.resume or dpo.WORLD_SIZE > 1:
+        sys.exit("error: rounds are not resumed, and run on one device")
     (train_pairs, test_pairs), path = dpo.load_pairs(run), run.args.model_name_or_path
     dpo.dist.destroy_process_group()  # each round has its own
     for number in range(1, args.rounds + 1):

@@ -2,7 +2,8 @@
 
     python docs/vision_demo.py runs/vision               # about a minute: FOLDER/model, data and pictures
     python vision_dpo.py --model-name-or-path runs/vision/model --dataset-name runs/vision/data \\
-        --judge-name-or-path docs/vision_demo.py
+        --judge-name-or-path docs/vision_demo.py --beta 0.3 --learning-rate 5e-4 --num-train-epochs 2 --batch-size 16 \\
+        --max-new-tokens 32
 
 A picture has one to four things, each with a colour and a shape, in the quarters of a square; its description names
 them in reading order. The model learns from correct pictures, but in their descriptions each thing is replaced by

@@ -4,9 +4,10 @@
     python toy/make_toy.py --measure    # only measures the files that are there, and builds nothing
 
 A small grammar writes reviews of named things. The policy is a language model of these reviews. The judge is a reward
-model fitted to a programmed score (`score` below), and from then on it is the true reward: the preference pairs are two
-policy samples each, labelled by drawing from the Bradley-Terry model of the judge. The annotator is a language model
-that compares two reviews under an instruction. The same number of threads on the same machine gives the same files.
+model fitted to a programmed score (`score` below), and from then on it is the true reward: the preference pairs are the
+best and the worst of four policy samples each, labelled by drawing from the Bradley-Terry model of the judge. The
+annotator is a language model that compares two reviews under an instruction. The same number of threads on the same
+machine gives the same files.
 """
 
 import argparse
@@ -895,10 +896,6 @@ def verdicts(annotator, tokenizer, instruction, pairs, batch_size=128):
 # === Measuring ===
 
 
-def correlation(a, b):
-    return torch.corrcoef(torch.stack([torch.as_tensor(a), torch.as_tensor(b)]))[0, 1].item()
-
-
 def measure_policy(tokenizer, policy, samples):
     rng = random.Random(SEED + 100)
     rows = sorted((review_row(tokenizer, rng, "test") for _ in range(2000)), key=lambda row: len(row[0]) + len(row[1]))
@@ -955,7 +952,7 @@ def is_clear(aim, a, b):
 
 def measure_annotator(tokenizer, annotator, samples):
     print("annotator on new pairs with a clear difference (0.5 in mean sentiment; 4 words and 25 % in length):")
-    print(f"{'':64}{'':6}{'pairs':>6}{'accuracy':>10}{'order 1':>10}{'order 2':>10}{'changes':>10}"[6:])
+    print(f"{'':64}{'pairs':>6}{'accuracy':>10}{'order 1':>10}{'order 2':>10}{'changes':>10}")
     rng = random.Random(SEED + 102)
     texts = texts_of(tokenizer, samples)
     pools = {

@@ -19,7 +19,7 @@ Answer 2:
 {}
 
 Which answer is better? Reply with 1 or 2."""
-FOLDER = Path(__file__).parent / "annotator"
+FOLDER = Path(__file__).parent / "annotator"  # read again at each call, which is quick for a model this small
 MODEL, TOKENIZER = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="float32"), AutoTokenizer.from_pretrained(FOLDER)
 
 
