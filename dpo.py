@@ -45,7 +45,6 @@ import wandb
 from datasets import load_dataset
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -171,7 +170,7 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
         train_pairs, test_pairs = train_pairs[:kept], train_pairs[kept:]
     if min(len(train_pairs), len(test_pairs), args.batch_size, args.num_eval_prompts or WORLD_SIZE) < WORLD_SIZE:
-        sys.exit(f"error: pairs to train on, to test on, or of a step are fewer than the {WORLD_SIZE} devices")
+        sys.exit(f"error: there are too few pairs to train on, to test on, or in a step (devices: {WORLD_SIZE})")
     return train_pairs, test_pairs[: args.num_eval_prompts or None]
 
 
@@ -185,8 +184,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
         if not isinstance(prob, int | float) or not 0 <= prob <= 1:
             sys.exit(f"error: {where}: preference_prob is {prob!r}, not a number from 0 to 1")
         texts = render(run.tokenizer, prompt, chosen, rejected)
-        # Each by itself, as in generation. An answer's ids[0] is the EOS that render has put before it.
-        prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids
+        prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids  # answers begin with an EOS
         chosen_ids, rejected_ids = [cut_answer(ids[1:] + run.stop_ids[:1], run.stop_ids) for ids in answers]
         columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
         longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
@@ -282,7 +280,7 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
             lora.task_type, model.score = "SEQ_CLS", model.score.float()  # the head is trained as well
         model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
     for layer in layers if args.gradient_checkpointing else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP also does mixed precision, on one device too
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         base = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # LoRA's base
@@ -345,7 +343,7 @@ def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Call
         if len(places) <= 2048:
             return read(states, tokens)
         chunks = zip(states.split(2048), tokens.split(2048), strict=True)
-        return torch.cat([checkpoint(read, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([torch.utils.checkpoint.checkpoint(read, *chunk, use_reentrant=False) for chunk in chunks])
 
     return model.within_forward(read_chunks).split([len(answer) for _, answer in rows])
 
@@ -455,7 +453,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
     if path.endswith(".py"):
         for name in pairs[0].columns:
             columns[name] = [pair.columns[name] for pair in pairs]
-        completions = answers if isinstance(prompts[0], list) else responses
+        completions = [a if isinstance(p, list) else r for p, a, r in zip(prompts, answers, responses, strict=True)]
         scores = list(runpy.run_path(path)["reward"](prompts=prompts, completions=completions, **columns))
     else:
         model = model or load_model(run, path, AutoModelForSequenceClassification)
@@ -555,6 +553,8 @@ def start_run(args: Args) -> Run:
         numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
         if not all(low <= x <= high for x in numbers) and not flag.endswith("score"):  # a score may be negative
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
+        if str(value).endswith(".py") and not Path(value).is_file():
+            sys.exit(f"error: --{flag.replace('_', '-')}: there is no file {value}")
     stop_ids = [tokenizer.eos_token_id]
     if transformers.utils.cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several
@@ -574,7 +574,7 @@ def start_run(args: Args) -> Run:
 
 def open_folder(run: Run, data: list) -> None:
     """Take the run's folder, and record flags, data and version in it; refuse to resume with others."""
-    run_id, file, args = run.folder.name, run.folder / "args.json", asdict(run.args) | {"resume": False}
+    file, args = run.folder / "args.json", asdict(run.args) | {"resume": False}
     record = {"args": args, "data": hashlib.sha256(repr(data).encode()).hexdigest(), "torch": torch.__version__}
     stored = json.loads(file.read_text()) if file.exists() else None
     dist.barrier()  # all have looked before the first one writes
@@ -583,17 +583,17 @@ def open_folder(run: Run, data: list) -> None:
     if stored and stored != record:
         changed = [name for name, value in args.items() if stored["args"].get(name) != value]
         sys.exit(f"error: {', '.join(changed) or 'data, devices or torch'} changed since the run in {run.folder} began")
-    mode = None if run.args.track and RANK == 0 else "disabled"  # before there is a folder, since a login may fail
-    wandb.init(id=run_id, name=run_id, resume="allow" if stored else "never", config=record, mode=mode)
+    tag = run.folder.name if run.args.track and RANK == 0 else None  # before there is a folder, since a login may fail
+    wandb.init(id=tag, name=tag, resume="allow" if stored else "never", config=record, mode=None if tag else "disabled")
     tqdm.write(f"the first row: {run.tokenizer.decode(data[0].prompt_ids + data[0].chosen_ids)!r}")
     tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / Path(__file__).name).write_text(Path(__file__).read_text())
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
-        for log in run.folder.glob("*.jsonl") if stored else []:  # drop what the resumed steps will log again
+        for log in [f for f in run.folder.glob("*.jsonl") if stored and f.stem in ("metrics", "samples", "annotated")]:
             lines = [line for line in log.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]
-            log.write_text("".join(lines if run.saved_step > 0 else []))
+            log.write_text("".join(lines if run.saved_step > 0 else []))  # resumed steps log the others again
         file.write_text(json.dumps(record, indent=1))
     dist.barrier()
 
@@ -617,7 +617,7 @@ def main(args: Args) -> None:
     train_pairs, test_pairs = load_pairs(run)
     batches = plan_batches(args, len(train_pairs))
     policy = load_model(run, args.model_name_or_path, trainable=True)
-    open_folder(run, train_pairs + test_pairs)
+    open_folder(run, train_pairs + test_pairs + [len(batches)])  # which may depend on the number of devices
     train_pairs = add_reference(run, policy, train_pairs, batches)  # by the initial policy: no checkpoint is read yet
     test_pairs = add_reference(run, policy, test_pairs, [list(range(len(test_pairs)))])
 

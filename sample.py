@@ -105,7 +105,7 @@ def generate(args: Args, model: Any, tokenizer: Any, chats: list, place: int, st
 def score(judge: str | tuple, prompts: list, answers: list[str], columns: dict[str, list]) -> list[float]:
     completions, scores = [[{"role": "assistant", "content": answer}] for answer in answers], []
     if isinstance(judge, str):  # a Python file
-        completions = completions if isinstance(prompts[0], list) else answers
+        completions = [c if isinstance(p, list) else a for p, c, a in zip(prompts, completions, answers, strict=True)]
         return list(runpy.run_path(judge)["reward"](prompts=prompts, completions=completions, **columns))
     model, tokenizer = judge
     model.config.pad_token_id = None  # texts come one at a time: the score is read at the last token
@@ -207,6 +207,10 @@ def label_file(args: Args, models: list[tuple]) -> None:
     if models[0][2].chat_template:  # training, too, is to see a chat
         prompts = [as_chat(prompt) for prompt in prompts]
     args.label.parent.mkdir(parents=True, exist_ok=True)
+    for file in (skipped, args.label):
+        if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):  # an editor may have dropped the line's end
+            with file.open("ab") as stream:
+                stream.write(b"\n")
     done = [(file, line) for file in (skipped, args.label) if file.exists() for line in file.open("rb")]
     seen = {json.dumps(json.loads(line)["prompt"]) for _, line in done}
     left = [text for text in dict.fromkeys(json.dumps(prompt) for prompt in prompts) if text not in seen]

@@ -134,7 +134,7 @@ def text_pairs(count):
 WORD_COUNT = """
 def reward(prompts, completions, word, **others):
     texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-    assert {type(text) for text in completions} == {type(prompt) for prompt in prompts}
+    assert [type(text) for text in completions] == [type(prompt) for prompt in prompts]
     return [text.count(wanted) for text, wanted in zip(texts, word, strict=True)]
 """
 

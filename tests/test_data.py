@@ -143,7 +143,7 @@ def test_batches_leave_out_other_pairs_in_each_epoch(monkeypatch):
 def test_steps_of_fewer_pairs_than_devices_end_the_run(monkeypatch, data):
     run = start("dpo", TOY / "policy", dataset_name=str(data), batch_size=3)
     monkeypatch.setattr(dpo, "WORLD_SIZE", 4)
-    with pytest.raises(SystemExit, match="error: .* of a step are fewer than the 4 devices"):
+    with pytest.raises(SystemExit, match="error: there are too few pairs .* in a step .devices: 4"):
         dpo.load_pairs(run)
 
 
@@ -152,6 +152,8 @@ def test_files_that_are_missing_or_empty_are_named(tmp_path):
     for name in ("empty.jsonl", "mistyped.csv"):
         with pytest.raises(SystemExit, match=f"error: there is no file .*{name}, or it is empty"):
             dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(tmp_path / name)))
+    with pytest.raises(SystemExit, match="error: --judge-name-or-path: there is no file mistyped.py"):
+        start("dpo", TOY / "policy", judge_name_or_path="mistyped.py")
 
 
 def test_an_answer_may_call_a_tool_instead_of_saying_something():

@@ -224,10 +224,7 @@ def test_a_run(data, tmp_path, monkeypatch):
         assert row["train/loss"] == pytest.approx(sum(losses) / 10, rel=1e-4)
 
 
-def test_default_annotators(tiny_model):
-    """The initial policy is its own annotator; the test bed has one, with an instruction it was trained on."""
-    run, toy = start("oaif", tiny_model()), start("oaif", TOY / "policy").args
+def test_the_initial_policy_is_its_own_annotator(tiny_model):
+    run = start("oaif", tiny_model())
     annotator, initial = oaif.load_annotator(run), weights_of(tiny_model())
     assert all(torch.equal(weight, initial[name]) for name, weight in annotator.model.named_parameters())
-    assert toy.annotator_name_or_path == str(TOY / "annotator")
-    assert toy.annotator_instruction == "Prefer the more positive review."

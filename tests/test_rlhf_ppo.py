@@ -295,7 +295,6 @@ def test_ppo_finds_a_reward(tmp_path):
 
 
 def test_each_step_has_its_own_luck(tiny_model, tmp_path):
-    """Prompts and policy stay the same, but the answers of two steps differ."""
     write_rows(tmp_path / "same.jsonl", [text_pairs(1)[0] | {"chosen": f"It was great {i}."} for i in range(24)])
     changes = {"dataset_name": str(tmp_path / "same.jsonl"), "sft_epochs": 0, "learning_rate": 0.0}
     first, second = metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(TOY / "judge"), **changes)[-2:]

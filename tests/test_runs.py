@@ -257,7 +257,7 @@ def test_gradient_checkpointing_changes_nothing(data, tmp_path):
     assert_close_runs(tmp_path / "checkpointing", tmp_path / "plain")
 
 
-def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
+def test_finished_runs_and_changed_data_are_refused(data, tmp_path, monkeypatch):
     dpo, folder = load_script("dpo"), shutil.copytree(data, tmp_path / "data")
     flags = {"dataset_name": str(folder), "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_new_tokens": 8}
     dpo.main(dpo.Args(**flags))
@@ -271,18 +271,23 @@ def test_finished_runs_and_changed_data_are_refused(data, tmp_path):
     with pytest.raises(SystemExit, match="error: beta, max_steps changed since the run"):
         dpo.main(dpo.Args(**flags | {"max_steps": 2}, beta=0.2, resume=True))
     leave_group()
-    write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[1:])
-    with pytest.raises(SystemExit, match="error: data, devices or torch changed since the run"):
-        dpo.main(dpo.Args(**flags, resume=True))
+    for first, plan in ((1, dpo.plan_batches), (0, lambda *_: [[0], [1]])):  # other data, or other steps
+        write_rows(folder / "train.jsonl", read_rows(data / "train.jsonl")[first:])
+        monkeypatch.setattr(dpo, "plan_batches", plan)
+        with pytest.raises(SystemExit, match="error: data, devices or torch changed since the run"):
+            dpo.main(dpo.Args(**flags, resume=True))
+        leave_group()
     with pytest.raises(SystemExit, match="--resume needs --output-dir"):
         start("dpo", TOY / "policy", resume=True)
 
 
-def test_files_in_a_folder_without_a_run_are_left_alone(tmp_path):
-    (tmp_path / "mine.jsonl").write_text("mine")
-    dpo, run = load_script("dpo"), start("dpo", TOY / "policy", output_dir=str(tmp_path))
-    dpo.open_folder(run, [dpo.Pair(0, "a", {}, [5], [6], [7], 1.0)])
-    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+def test_files_that_are_not_the_runs_are_left_alone(tmp_path):
+    (folder := tmp_path / "rate=1,2").mkdir()  # a name that W&B would refuse
+    (folder / "mine.jsonl").write_text('{"step": 1}\n{}\n')
+    for resume in (False, True):
+        dpo, run = load_script("dpo"), start("dpo", TOY / "policy", output_dir=str(folder), resume=resume)
+        dpo.open_folder(run, [dpo.Pair(0, "a", {}, [5], [6], [7], 1.0)])
+    assert (folder / "mine.jsonl").read_text() == '{"step": 1}\n{}\n'
 
 
 DEFAULTS = {name: {"learning_rate": 5e-7} for name in ("dpo", "ipo", "oaif")}
@@ -353,9 +358,10 @@ def test_a_python_file_as_the_judge(data, tmp_path):
         assert row["win_rate"] == (0.5 if score == first_score else score > first_score)
     wins = torch.tensor([row["win_rate"] for row in samples[20:]])
     expected = 1.96 * wins.std(correction=0).item() / 20**0.5
-    assert (
-        read_rows(tmp_path / "run/metrics.jsonl")[1]["eval/win_rate_ci95"] == pytest.approx(expected) and expected > 0
-    )
+    metrics, run = read_rows(tmp_path / "run/metrics.jsonl"), start("dpo", TOY / "policy")
+    assert metrics[1]["eval/win_rate_ci95"] == pytest.approx(expected) and expected > 0
+    pairs = [dpo.Pair(0, prompt, {"word": "a"}, [], [], [], 1.0) for prompt in ("text", rows[0]["prompt"])]
+    assert dpo.judge(run, str(tmp_path / "judge.py"), pairs, ["a", "b"]) == [1, 0]  # text and chat, side by side
 
 
 def test_no_evaluation_on_samples(data, tmp_path):
