@@ -481,16 +481,16 @@ def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dic
 
 
 def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperature: float) -> list[list[int]]:
-    """A response to each prompt, in token ids; call it inside inference(). Each process answers all given prompts."""
-    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, "num_beams": 1}
-    limits = {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
+    """A response to each prompt, in token ids; call it inside inference(). The model's own settings do not count."""
+    config = dict.fromkeys(model.generation_config.to_diff_dict()) | {"do_sample": True, "top_k": 0, "num_beams": 1}
+    config |= {"max_new_tokens": run.args.max_new_tokens, "eos_token_id": run.stop_ids, "pad_token_id": run.stop_ids[0]}
     lengths, answers = [len(prompt) + run.args.max_new_tokens for prompt in prompts], {}
     torch.manual_seed(seed)
     for group in micro_batches(lengths, max(8192, 2 * run.args.micro_batch_tokens), rank=0, world_size=1):
         width = max([len(prompts[i]) for i in group])  # padding, on the left, is -1 at first
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long(), "synced_gpus": False}
-        sample = partial(model.generate, **inputs, **settings, **limits, temperature=temperature)
+        sample = partial(model.generate, **config | inputs | {"temperature": temperature, "use_cache": True})
         output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # else it reshards the root
         answers |= {i: cut_answer(ids, run.stop_ids) for i, ids in zip(group, output[:, width:].tolist(), strict=True)}
     return [answers[i] for i in range(len(prompts))]
@@ -753,10 +753,10 @@ def judge_tokenizer(run: Run, prompt: str | list[dict]) -> Any:
     else:
         template = tokenizer.chat_template
         answer = render(tokenizer, prompt, [{"role": "assistant", "content": "."}])[1]
-    ids = tokenizer(answer, add_special_tokens=False).input_ids[1:] + run.stop_ids[:1]  # as in encode_rows
-    stop = tokenizer.convert_ids_to_tokens(cut_answer(ids, run.stop_ids)[-1])
-    ending = f"{{{{ text.rsplit('{stop}', 1)[0] + '{stop}' }}}}"  # some templates write more after the stop, or none
-    tokenizer.chat_template = "{% set text %}" + template + "{% endset %}" + ending
+    ids = tokenizer(answer, add_special_tokens=False).input_ids[1:]
+    stop = tokenizer.convert_ids_to_tokens(cut_answer(ids + run.stop_ids[:1], run.stop_ids)[-1])  # as in encode_rows
+    text = f"text.rsplit('{stop}', 1)[0]" if set(ids) & set(run.stop_ids) else "text"  # it may write more after it
+    tokenizer.chat_template = "{% set text %}" + template + "{% endset %}{{ " + text + f" + '{stop}' }}}}"
     return tokenizer
 
 

@@ -62,11 +62,11 @@ def test_long_answers_pass_the_head_in_chunks(tiny_model):
 
 
 def test_samples_have_the_frequencies_of_the_model(tiny_model, tmp_path):
-    """Top-k, top-p and penalty of a generation_config.json are ignored; its end-of-sequence tokens are not."""
+    """The settings of a generation_config.json are ignored; its end-of-sequence tokens are not."""
     folder, model = shutil.copytree(tiny_model(), tmp_path / "model"), load_plain(tiny_model())
     greedy = naive_greedy(model, [8, 9], 9)
     assert len(set(greedy)) < 9  # so that a penalty for repetitions would be seen
-    settings = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0}
+    settings = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0, "suppress_tokens": greedy[:1]}
     transformers.GenerationConfig(**settings, eos_token_id=[0, greedy[-1]]).save_pretrained(folder)
     run = start("dpo", folder, max_new_tokens=12)
     loaded = dpo.load_model(run, folder)

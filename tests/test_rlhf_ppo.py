@@ -107,7 +107,8 @@ def test_saved_reward_model_judges_as_it_was_trained(form, bos, tiny_model, tmp_
         special = {"single": "<|system|> $A", "special_tokens": [("<|system|>", number)]}
         tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**special)
     tokenizer.save_pretrained(policy)
-    run, rows = start("rlhf_ppo", policy, output_dir=str(tmp_path)), text_pairs(4)
+    run = start("rlhf_ppo", policy, output_dir=str(tmp_path))
+    rows = [row | {"prompt": "So it ends.<|end|> " + row["prompt"]} for row in text_pairs(4)]
     for row in rows if form is not None else []:
         for part in ("prompt", "chosen", "rejected"):
             row[part] = [{"role": "user" if part == "prompt" else "assistant", "content": row[part]}]
@@ -115,7 +116,6 @@ def test_saved_reward_model_judges_as_it_was_trained(form, bos, tiny_model, tmp_
     kind, tokenizer = transformers.AutoModelForSequenceClassification, rlhf.judge_tokenizer(run, rows[0]["prompt"])
     folder = rlhf.save_stage(run, model, kind, str(policy), tokenizer, "reward_model")
     for pair in rlhf.encode_rows(run, rows, "train"):
-        assert pair.chosen_ids.index(0) == len(pair.chosen_ids) - 1
         text = run.tokenizer.decode(pair.chosen_ids, skip_special_tokens=True)
         expected = naive_scores(model, pair.prompt_ids, pair.chosen_ids)[-1].item()
         (score,) = load_script("dpo").judge(run, folder, [pair], [text])
