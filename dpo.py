@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 # Outside of `# region method` ... `# endregion` all scripts are the same: read the regions and main first. A training
-# step is micro_batches (this device's share), forward or token_logps, compute_loss, .backward(), and at last update.
+# step is micro_batches (this device's share), forward or token_logps, compute_loss, .backward(), and finally update.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -96,6 +96,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
 
 
+# region method: loss
 class Batch(NamedTuple):  # a micro-batch of B pairs, in float32
     logps: torch.Tensor  # (2, B), log-probabilities of the chosen and of the rejected answers
     ref_logps: torch.Tensor  # (2, B), the reference's
@@ -103,7 +104,6 @@ class Batch(NamedTuple):  # a micro-batch of B pairs, in float32
     preference_prob: torch.Tensor  # (B,), how likely the chosen answer is the better one
 
 
-# region method: loss
 def compute_loss(batch: Batch, beta: float, label_smoothing: float) -> tuple[torch.Tensor, dict]:
     """Loss and metrics of each pair, (B,). A micro-batch is only part of a step: no pair may depend on another."""
     chosen_logratios, rejected_logratios = batch.logps - batch.ref_logps
@@ -146,11 +146,11 @@ class Pair:
     row: int  # its index in the split
     prompt: str | list[dict]  # as read: a judge has its own chat template
     columns: dict[str, Any]  # the row's other fields, for a judge
-    prompt_ids: list[int] = field(repr=False)  # not in open_folder's hash: some templates write the date
+    prompt_ids: list[int] = field(repr=False)  # not part of open_folder's hash: it may hold today's date
     chosen_ids: list[int]
     rejected_ids: list[int]
     preference_prob: float
-    ref_logps: tuple[float, float] = (0.0, 0.0)  # of both answers; add_reference fills them in
+    ref_logps: tuple[float, float] = (0.0, 0.0)  # of both answers, where a method has a reference
 
     def __len__(self) -> int:
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)  # tokens in its two rows
@@ -184,7 +184,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
         if not isinstance(prob, int | float) or not 0 <= prob <= 1:
             sys.exit(f"error: {where}: preference_prob is {prob!r}, not a number from 0 to 1")
         texts = render(run.tokenizer, prompt, chosen, rejected)
-        prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids  # answers begin with an EOS
+        prompt_ids, *answers = run.tokenizer(texts, add_special_tokens=False).input_ids  # [1:] drops render's EOS
         chosen_ids, rejected_ids = [cut_answer(ids[1:] + run.stop_ids[:1], run.stop_ids) for ids in answers]
         columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
         longest = len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
@@ -196,7 +196,7 @@ def encode_rows(run: Run, rows: Iterable[dict], split: str) -> list[Pair]:
 
 
 def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected of a row, as strings or as lists of chat messages."""
+    """Prompt, chosen and rejected of a row, all as strings or all as lists of chat messages."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, list):
         shared = 0  # two conversations: what they have in common is the prompt
@@ -213,7 +213,7 @@ def split_row(row: dict, where: str) -> tuple[Any, Any, Any]:
 
 # endregion
 def render(tokenizer: Any, prompt: str | list[dict], *answers: str | list[dict]) -> list[str]:
-    """Messages by the chat template, strings after a BOS. An EOS before each answer keeps out SentencePiece's space."""
+    """Texts of the prompt and its answers. An EOS before an answer, dropped later, keeps out SentencePiece's space."""
     if isinstance(prompt, str):
         bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
         return [bos + prompt.removeprefix(bos), *(tokenizer.eos_token + answer for answer in answers)]
@@ -232,7 +232,7 @@ def cut_answer(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
     """Indices of the pairs of each optimiser step, in an order that depends on the seed and the epoch alone."""
-    batches, starts = [], range(0, num_pairs - WORLD_SIZE + 1, args.batch_size)  # a pair for each device
+    batches, starts = [], range(0, num_pairs - WORLD_SIZE + 1, args.batch_size)  # a step has a pair for each device
     for epoch in range(args.num_train_epochs):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
         order = torch.randperm(num_pairs, generator=generator).tolist()
@@ -242,9 +242,9 @@ def plan_batches(args: Args, num_pairs: int) -> list[list[int]]:
 
 def micro_batches(lengths: list[int], tokens: int, rank: int = RANK, world_size: int = WORLD_SIZE) -> list[list[int]]:
     """Indices of this process's items in groups of about `tokens` tokens; each process has equally many groups."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = min(math.ceil(sum(lengths) / tokens / world_size), len(lengths) // world_size) * world_size
-    return [order[group::groups] for group in range(rank, groups, world_size)]  # each has long and short items
+    return [longest_first[group::groups] for group in range(rank, groups, world_size)]  # dealt in turn, like cards
 
 
 @torch.compiler.set_stance("force_eager")  # the few passes in here are not worth compiling
@@ -256,13 +256,13 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
     if info["missing_keys"]:
         sys.exit(f"error: {path} has no weights for {min(info['missing_keys'])}, it is not a {type(model).__name__}")
     model.to(DEVICE).eval().requires_grad_(trainable)
-    model.within_forward = lambda function: function()  # see fully_shard below
+    model.within_forward = lambda function: function()  # FSDP, below, gathers the weights around it
     if kind is AutoModelForCausalLM:  # packed rows must get the same log-probabilities as row by row in its own forward
         rows, own_attention = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14])], model.config._attn_implementation
         own_logps = torch.cat(token_logps(model, rows)).detach()
         model.set_attn_implementation("packed")
         error = (torch.cat(token_logps(model, rows)) - own_logps).abs().max().item()
-        if not error < (1e-3 if dtype == torch.float32 else 0.05 * own_logps.abs().max()):  # e.g. capped logits
+        if not error < (1e-3 if dtype == torch.float32 else 0.05 * own_logps.abs().max()):  # or NaN; e.g. capped logits
             model.set_attn_implementation(own_attention)
             if trainable and WORLD_SIZE > 1:  # row by row, the processes would get out of step
                 sys.exit(f"error: rows of {path} cannot be packed ({type(model).__name__}): train it on one device")
@@ -281,12 +281,12 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         model = peft.get_peft_model(model, lora).eval()  # adapters are float32, all other weights frozen
     for layer in layers if args.gradient_checkpointing else []:
         layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-    if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # FSDP also does mixed precision, on one device too
+    if WORLD_SIZE > 1 or compute_dtype != torch.float32:  # on one device, FSDP only does mixed precision
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        base = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # LoRA's base
-        for module in [*layers, model]:  # without resharding of the root, a no-gradient pass loses updates
-            fully_shard(module, mp_policy=precision, ignored_params=base, reshard_after_forward=True)
-        register_fsdp_forward_method(model, "within_forward")  # only such methods gather the root's weights
+        frozen = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # not copied
+        for module in [*layers, model]:  # the root reshards too: weights that stay gathered would miss the next update
+            fully_shard(module, mp_policy=precision, ignored_params=frozen, reshard_after_forward=True)
+        register_fsdp_forward_method(model, "within_forward")  # as in forward(), the root's weights are gathered in it
     return model
 
 
@@ -305,11 +305,11 @@ def inference(model: Any) -> Iterator[None]:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs) -> tuple:
-    """Causal attention of T tokens (1, heads, T, size) within their rows, (1, T, heads, size); in sampling, SDPA."""
+    """Causal attention within each row packed into (1, heads, T, size), as (1, T, heads, size); in sampling, SDPA."""
+    if "cu_seq_lens_q" not in kwargs:  # sampling: padded rows, with a cache
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling)
+    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # 0 and where rows end, (rows + 1,); their longest
     states, settings, outputs = (query, key, value), {"scale": scaling, "enable_gqa": True}, []
-    if "cu_seq_lens_q" not in kwargs:  # sampling, with a cache
-        return transformers.AttentionInterface()["sdpa"](module, *states, attention_mask, scaling=scaling)
-    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]  # where rows end, (rows + 1,), and their longest
     if CUDA and query.dtype == torch.bfloat16:
         states, window = [tensor[0].transpose(0, 1) for tensor in states], ((sliding_window or 0) - 1, 0)  # -1: all
         return varlen_attn(*states, ends, ends, longest, longest, window_size=window, **settings)[None], None
@@ -326,23 +326,23 @@ transformers.AttentionMaskInterface.register("packed", transformers.AttentionMas
 
 
 def read_answers(model: Any, rows: list[tuple[list[int], list[int]]], read: Callable) -> tuple[torch.Tensor, ...]:
-    """`read` turns hidden states (n, D) and the tokens (n,) they predict into n values: those of each row's answer."""
+    """`read` maps hidden states (n, D) and the n tokens they predict to n values; a tensor of these for each answer."""
     ids, positions, ends, places = [], [], [0], []
     for prompt, answer in rows:
         ids += prompt + answer
         positions += range(len(prompt) + len(answer))
-        places += range(ends[-1] + len(prompt) - 1, len(ids) - 1)
+        places += range(ends[-1] + len(prompt) - 1, len(ids) - 1)  # the state before a token predicts it
         ends.append(len(ids))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
     inputs |= {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32), "attention_mask": torch.ones(1, 1, 1, 1)}
-    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}  # the mask: else a (T, T) one is built
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}  # without the mask, a (T, T) one is built
 
     def read_chunks() -> torch.Tensor:
         output = model.get_decoder()(**inputs, max_length_q=max(positions) + 1, use_cache=False)
         states, tokens = output.last_hidden_state[0, places], inputs["input_ids"][0].roll(-1)[places]
         if len(places) <= 2048:
             return read(states, tokens)
-        chunks = zip(states.split(2048), tokens.split(2048), strict=True)
+        chunks = zip(states.split(2048), tokens.split(2048), strict=True)  # all logits at once take too much memory
         return torch.cat([torch.utils.checkpoint.checkpoint(read, *chunk, use_reentrant=False) for chunk in chunks])
 
     return model.within_forward(read_chunks).split([len(answer) for _, answer in rows])
@@ -365,41 +365,10 @@ def token_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[to
     return tuple(logps)
 
 
-def forward(model: Any, pairs: list[Pair]) -> Batch:
-    """The log-probabilities of a micro-batch of pairs, with the other inputs of the loss."""
-    as_tensor = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
-    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-    logps = torch.stack([logps.sum() for logps in token_logps(model, rows)])
-    if not logps.isfinite().all():
-        sys.exit(f"error: a log-probability in rows {[pair.row for pair in pairs]} is not finite; nothing was updated")
-    return Batch(
-        logps=logps.view(2, -1),
-        ref_logps=as_tensor([pair.ref_logps for pair in pairs]).T,
-        lengths=as_tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]).T,
-        preference_prob=as_tensor([pair.preference_prob for pair in pairs]),
-    )
-
-
-def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
-    """All pairs, those of this process's micro-batches with the reference's log-probabilities; the others keep 0."""
-    complete = {}
-    with inference(reference):
-        # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
-        for batch in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
-            for indices in micro_batches([len(pairs[i]) for i in batch], run.args.micro_batch_tokens):
-                new = [batch[k] for k in indices if batch[k] not in complete]  # in a later epoch few, or none
-                logps = forward(reference, [pairs[i] for i in new]).logps.T.tolist() if new else []
-                for i, (chosen, rejected) in zip(new, logps, strict=True):
-                    complete[i] = replace(pairs[i], ref_logps=(chosen, rejected))
-    return [complete.get(i, pair) for i, pair in enumerate(pairs)]
-
-
 def start_training(run: Run, models: dict, lr: float, steps: int, start: int = 0, eps: float = 1e-8) -> tuple:
     """AdamW (from the checkpoint, if there is one), the learning rate of each step, and the number of steps done."""
     optimizer = torch.optim.AdamW(torch.nn.ModuleDict(models).parameters(), lr=lr, eps=eps, weight_decay=0, fused=True)
-    # A schedule of n steps is 0 at steps 0 and n, so steps 1 to n are taken from one of n + 1 steps.
-    warmup_steps = math.ceil(run.args.warmup_ratio * steps)
+    warmup_steps = math.ceil(run.args.warmup_ratio * steps)  # steps + 1 below: a schedule is 0 at its first and last
     schedule = transformers.get_scheduler(run.args.lr_scheduler_type, optimizer, warmup_steps, steps + 1).lr_lambdas[0]
     if run.saved_step > start:
         reader = dcp.HuggingFaceStorageReader(str(run.folder / f"checkpoint-{run.saved_step}"))
@@ -423,8 +392,8 @@ def update(run: Run, models: dict, optimizer: torch.optim.Optimizer, learning_ra
 
 def means_of(kind: str, parts: list[dict[str, torch.Tensor]], count: int) -> dict[str, float]:
     """Means over `count` items, of which this process holds some, in parts; kind is train or eval, as in train/loss."""
-    columns = zip(*[part.values() for part in parts], strict=True)  # each has a metric's values in all parts
-    totals = torch.stack([torch.cat(column).detach().double().sum() for column in columns])
+    by_metric = zip(*[part.values() for part in parts], strict=True)  # for each metric its tensors, one a part
+    totals = torch.stack([torch.cat(tensors).detach().double().sum() for tensors in by_metric])
     dist.all_reduce(totals)
     return {f"{kind}/{name}": total / count for name, total in zip(parts[0], totals.tolist(), strict=True)}
 
@@ -440,7 +409,7 @@ def generate(run: Run, model: Any, prompts: list[list[int]], seed: int, temperat
         padded = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in group], device=DEVICE)
         inputs = {"input_ids": padded.clamp(min=0), "attention_mask": (padded >= 0).long(), "synced_gpus": False}
         sample = partial(model.generate, **config | inputs | {"temperature": temperature, "use_cache": True})
-        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # else it reshards the root
+        output = model.within_forward(sample) if run.args.lora_rank > 0 else sample()  # peft's bypasses FSDP's root
         answers |= {i: cut_answer(ids, run.stop_ids) for i, ids in zip(group, output[:, width:].tolist(), strict=True)}
     return [answers[i] for i in range(len(prompts))]
 
@@ -470,7 +439,7 @@ def judge(run: Run, path: str, pairs: list[Pair], responses: list[str], model: A
 
 
 def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, step: int) -> dict[str, float]:
-    """Loss and metrics on test pairs; of one response to each prompt log(pi / initial) ("kl"), score and win rate."""
+    """Loss and metrics on test pairs; KL to the initial model, score and win rate of a response to each prompt."""
     args, parts = run.args, []
     with inference(policy):
         for indices in micro_batches([len(pair) for pair in test_pairs], args.micro_batch_tokens):
@@ -481,28 +450,28 @@ def evaluate(run: Run, policy: Any, test_pairs: list[Pair], loss_of: Callable, s
             return means
         initial = load_model(run, args.model_name_or_path)  # read again each time: training needs the memory
         with torch.compiler.set_stance("force_eager"):  # generate has passes of a token each
-            prompts, rows = [pair.prompt_ids for pair in test_pairs], [{} for _ in test_pairs]
+            prompts, samples = [pair.prompt_ids for pair in test_pairs], [{} for _ in test_pairs]
             answers = generate(run, policy, prompts, args.seed, temperature=1.0)
             texts = run.tokenizer.batch_decode(answers, skip_special_tokens=True)
             lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-            for indices in micro_batches(lengths, args.micro_batch_tokens, rank=0, world_size=1):
+            for indices in micro_batches(lengths, args.micro_batch_tokens, rank=0, world_size=1):  # all, everywhere
                 some = [(prompts[i], answers[i]) for i in indices]
                 for i, new, old in zip(indices, token_logps(policy, some), token_logps(initial, some), strict=True):
-                    rows[i] |= {"step": step, "prompt": run.tokenizer.decode(prompts[i]), "response": texts[i]}
-                    rows[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}  # nats a response
-                    rows[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
+                    samples[i] |= {"step": step, "prompt": run.tokenizer.decode(prompts[i]), "response": texts[i]}
+                    samples[i] |= {"kl": (new - old).sum().item(), "response_length": len(answers[i])}  # nats, tokens
+                    samples[i]["eos_rate"] = float(answers[i][-1] in run.stop_ids)
     if args.judge_name_or_path and RANK == 0:  # as only this process writes
         scores = judge(run, args.judge_name_or_path, test_pairs, texts)
-        first_rows = [json.loads(line) for line in (run.folder / "samples.jsonl").open()] if step > 0 else rows
-        for row, first, score in zip(rows, first_rows[: len(rows)], scores, strict=True):
-            row["judge_score"] = score
-            tie = row["response"] == first["response"] or row["judge_score"] == first["judge_score"]
-            row["win_rate"] = 0.5 if tie else float(row["judge_score"] > first["judge_score"])
-        means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([row["win_rate"] for row in rows]) / len(rows) ** 0.5
-    run.append("samples.jsonl", rows)
-    wandb.log({"eval/samples": wandb.Table(list(rows[0]), [list(row.values()) for row in rows])}, step=step)
-    for name in [name for name in rows[0] if name not in ("step", "prompt", "response")]:
-        means[f"eval/{name}"] = statistics.fmean([row[name] for row in rows])
+        logged = [json.loads(line) for line in (run.folder / "samples.jsonl").open()] if step > 0 else samples
+        for sample, first, score in zip(samples, logged[: len(samples)], scores, strict=True):  # the first are step 0's
+            sample["judge_score"] = score
+            tie = sample["response"] == first["response"] or score == first["judge_score"]
+            sample["win_rate"] = 0.5 if tie else float(score > first["judge_score"])
+        means["eval/win_rate_ci95"] = 1.96 * statistics.pstdev([s["win_rate"] for s in samples]) / len(samples) ** 0.5
+    run.append("samples.jsonl", samples)
+    wandb.log({"eval/samples": wandb.Table(list(samples[0]), [list(s.values()) for s in samples])}, step=step)
+    for name in [name for name in samples[0] if name not in ("step", "prompt", "response")]:
+        means[f"eval/{name}"] = statistics.fmean([sample[name] for sample in samples])
     tqdm.write(f"response to the first test prompt: {texts[0]}")
     return means
 
@@ -547,18 +516,16 @@ def start_run(args: Args) -> Run:
     path = args.model_name_or_path
     config, tokenizer = AutoConfig.from_pretrained(path).get_text_config(), AutoTokenizer.from_pretrained(path)
     positions = getattr(config, "max_position_embeddings", None) or math.inf
-    for flag, value in asdict(args).items():  # on other values, training would silently be nonsense
-        low = int(flag.endswith(("batch_size", "_tokens", "eval_steps", "ppo_epochs", "per_step", "iterations")))
+    for flag, value in asdict(args).items():  # of any script; other values would train nonsense, silently
+        low = 1 if flag.endswith(("batch_size", "_tokens", "eval_steps", "ppo_epochs", "per_step", "iterations")) else 0
         high = {"label_smoothing": 1, "warmup_ratio": 1, "max_length": positions}.get(flag, sys.float_info.max)
         numbers = [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int | float)]
         if not all(low <= x <= high for x in numbers) and not flag.endswith("score"):  # a score may be negative
             sys.exit(f"error: --{flag.replace('_', '-')} {value} is not from {low} to {high:g}")
-        if str(value).endswith(".py") and not Path(value).is_file():
-            sys.exit(f"error: --{flag.replace('_', '-')}: there is no file {value}")
     stop_ids = [tokenizer.eos_token_id]
     if transformers.utils.cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         listed = transformers.GenerationConfig.from_pretrained(path).eos_token_id  # chat models may name several
-        stop_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
+        stop_ids += [listed] if isinstance(listed, int) else listed or []
     toy = getattr(config, "cleanpo_toy", False)
     shared = [{"output_dir": f"runs/{Path(__file__).stem}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"}]
     shared[0]["micro_batch_tokens"] = torch.cuda.mem_get_info()[1] // (3500 * config.hidden_size) if CUDA else 1024
@@ -593,7 +560,7 @@ def open_folder(run: Run, data: list) -> None:
         shutil.rmtree(run.folder / "unfinished", ignore_errors=True)
         for log in [f for f in run.folder.glob("*.jsonl") if stored and f.stem in ("metrics", "samples", "annotated")]:
             lines = [line for line in log.open() if line.endswith("\n") and json.loads(line)["step"] <= run.saved_step]
-            log.write_text("".join(lines if run.saved_step > 0 else []))  # resumed steps log the others again
+            log.write_text("".join(lines if run.saved_step > 0 else []))  # from the start, step 0 is logged again too
         file.write_text(json.dumps(record, indent=1))
     dist.barrier()
 
@@ -610,6 +577,38 @@ def save_model(run: Run, model: Any, folder: Path) -> None:
             unfinished.rename(folder)
 
 
+# region method: functions
+def forward(model: Any, pairs: list[Pair]) -> Batch:
+    """The log-probabilities of a micro-batch of pairs, with the other inputs of the loss."""
+    as_tensor = partial(torch.tensor, dtype=torch.float32, device=DEVICE)
+    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    logps = torch.stack([logps.sum() for logps in token_logps(model, rows)])
+    if not logps.isfinite().all():
+        sys.exit(f"error: a log-probability in rows {[pair.row for pair in pairs]} is not finite; nothing was updated")
+    return Batch(
+        logps=logps.view(2, -1),
+        ref_logps=as_tensor([pair.ref_logps for pair in pairs]).T,
+        lengths=as_tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]).T,
+        preference_prob=as_tensor([pair.preference_prob for pair in pairs]),
+    )
+
+
+def add_reference(run: Run, reference: Any, pairs: list[Pair], batches: list[list[int]]) -> list[Pair]:
+    """All pairs, those of this process's micro-batches with the reference's log-probabilities; the others keep 0."""
+    complete = {}
+    with inference(reference):
+        # In the micro-batches of the training, so that both are rounded alike and margins start at exactly 0.
+        for batch in tqdm(batches, "reference", leave=False, delay=2, disable=RANK > 0):
+            for indices in micro_batches([len(pairs[i]) for i in batch], run.args.micro_batch_tokens):
+                new = [batch[k] for k in indices if batch[k] not in complete]  # in a later epoch few, or none
+                if new:
+                    logps = forward(reference, [pairs[i] for i in new]).logps.T.tolist()
+                    complete |= {i: replace(pairs[i], ref_logps=tuple(two)) for i, two in zip(new, logps, strict=True)}
+    return [complete.get(i, pair) for i, pair in enumerate(pairs)]
+
+
+# endregion
 def main(args: Args) -> None:
     run = start_run(args)
     # region method: procedure
@@ -617,7 +616,7 @@ def main(args: Args) -> None:
     train_pairs, test_pairs = load_pairs(run)
     batches = plan_batches(args, len(train_pairs))
     policy = load_model(run, args.model_name_or_path, trainable=True)
-    open_folder(run, train_pairs + test_pairs + [len(batches)])  # which may depend on the number of devices
+    open_folder(run, train_pairs + test_pairs + [len(batches)])  # devices may change the number of steps
     train_pairs = add_reference(run, policy, train_pairs, batches)  # by the initial policy: no checkpoint is read yet
     test_pairs = add_reference(run, policy, test_pairs, [list(range(len(test_pairs)))])
 
@@ -628,13 +627,14 @@ def main(args: Args) -> None:
     optimizer, learning_rates, done = start_training(run, models, args.learning_rate, last_step)
     if done == 0:
         run.log(0, evaluate(run, policy, test_pairs, loss_of, step=0))
-    for step in tqdm(range(done + 1, last_step + 1), "training", last_step, initial=done, disable=RANK > 0):
-        pairs, parts = [train_pairs[i] for i in batches[step - 1]], []  # of the whole step, on every device
+    for step in tqdm(range(done + 1, last_step + 1), "training", total=last_step, initial=done, disable=RANK > 0):
+        pairs, parts = [train_pairs[i] for i in batches[step - 1]], []  # the step's; below, this device's share
         for indices in micro_batches([len(pair) for pair in pairs], args.micro_batch_tokens):
             losses, metrics = loss_of([pairs[i] for i in indices])
             (losses.sum() * WORLD_SIZE / len(pairs)).backward()  # mean of the step: FSDP divides by WORLD_SIZE
             parts.append({"loss": losses} | metrics)
-        metrics = update(run, models, optimizer, learning_rates[step]) | means_of("train", parts, len(pairs))
+        metrics = update(run, models, optimizer, learning_rates[step])
+        metrics |= means_of("train", parts, len(pairs))
         if step % args.eval_steps == 0 or step == last_step:
             metrics |= evaluate(run, policy, test_pairs, loss_of, step)
         run.log(step, metrics)

@@ -10,7 +10,7 @@ from conftest import ROOT, SCRIPTS, load_script, run_script
 
 LINES = {"dpo": 650, "ipo": 650, "simpo": 650, "pre_dpo": 740, "spin": 740, "kto": 740, "oaif": 800, "grpo": 850}
 LINES["rlhf_ppo"] = 1000
-CHANGED = {"ipo": 30, "simpo": 40, "kto": 180, "pre_dpo": 120, "spin": 170, "oaif": 170, "grpo": 270, "rlhf_ppo": 430}
+CHANGED = {"ipo": 30, "simpo": 40, "kto": 180, "pre_dpo": 120, "spin": 170, "oaif": 170, "grpo": 290, "rlhf_ppo": 460}
 REGIONS = ["header", "args", "loss", "rows", "functions", "procedure"]
 OPENING, CLOSING = re.compile(r" *# region method: (\w+)"), re.compile(r" *# endregion")
 
