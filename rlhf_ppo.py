@@ -944,6 +944,7 @@ def main(args: Args) -> None:
     if reward_path and not reward_path.endswith(".py"):
         if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
             sys.exit(f"error: the reward model {reward_path} does not have the policy's vocabulary")
+        load_scorer(run, reward_path)  # where it cannot be used, the run ends here, not after stage 1
     reward_text = [Path(reward_path).read_text()] if reward_path and reward_path.endswith(".py") else []
     sizes = (args.batch_size, args.rollouts_per_step)
     counts = [len(plan_batches(replace(args, batch_size=size), len(train_pairs))) for size in sizes]

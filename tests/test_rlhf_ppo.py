@@ -74,11 +74,6 @@ def test_scores_are_those_of_the_model_itself(family, run, tiny_model):
         torch.testing.assert_close(reward, expected[-1], **CLOSE)
 
 
-def test_scorers_that_cannot_be_packed_are_refused(run, tiny_model):
-    with pytest.raises(SystemExit, match="error: rows of .* cannot be packed"):
-        rlhf.load_scorer(run, tiny_model("gemma2", **SCORER, attn_logit_softcapping=0.5))
-
-
 def test_head_of_a_new_reward_model(tiny_model, tmp_path):
     """N(0, 1 / sqrt(d + 1)) by the seed; the token that transformers takes for padding ends no answer."""
     path, heads = tiny_model(hidden_size=512), []
@@ -307,6 +302,13 @@ def test_reward_models_of_another_vocabulary_are_refused(tiny_model, tmp_path):
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="other does not have the policy's vocabulary"):
         metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(tmp_path / "other"), max_steps=0)
+
+
+def test_reward_models_that_cannot_be_packed_are_refused_before_stage_1(tiny_model, tmp_path):
+    with pytest.raises(SystemExit, match="error: rows of .* cannot be packed"):
+        reward = tiny_model("gemma2", **SCORER, attn_logit_softcapping=0.5)
+        metrics_of(tiny_model(), tmp_path, reward_name_or_path=reward)
+    assert not (tmp_path / "run").exists()
 
 
 def test_lora(tiny_model, tmp_path):
