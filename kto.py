@@ -165,9 +165,9 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     if kind and not (path.is_file() and path.stat().st_size > 0):
         sys.exit(f"error: there is no file {path}, or it is empty")
     source = {"path": kind, "data_files": str(path)} if kind else {"path": args.dataset_name}
-    splits = load_dataset(**source, streaming=path.exists())  # streaming reads no stale cache
+    splits = load_dataset(**source, streaming=path.exists() and path.suffix != ".json")  # why not .json: docs/data.md
     train_pairs = encode_rows(run, splits[args.dataset_train_split], args.dataset_train_split)
-    if args.dataset_test_split in splits:
+    if args.dataset_test_split in splits or args.dataset_test_split != Args.dataset_test_split:
         test_pairs = encode_rows(run, splits[args.dataset_test_split], args.dataset_test_split)
     else:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
@@ -559,7 +559,7 @@ def open_folder(run: Run, data: list) -> None:
         sys.exit(f"error: {', '.join(changed) or 'data, devices or torch'} changed since the run in {run.folder} began")
     tag = run.folder.name if run.args.track and RANK == 0 else None  # before there is a folder, since a login may fail
     wandb.init(id=tag, name=tag, resume="allow" if stored else "never", config=record, mode=None if tag else "disabled")
-    tqdm.write(f"the first row: {run.tokenizer.decode(data[0].prompt_ids + data[0].chosen_ids)!r}")
+    tqdm.write(f"first row: {run.tokenizer.decode(data[0].prompt_ids + data[0].chosen_ids + data[0].rejected_ids)!r}")
     tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -206,9 +206,9 @@ def load_pairs(run: Run) -> tuple[list[Pair], list[Pair]]:
     if kind and not (path.is_file() and path.stat().st_size > 0):
         sys.exit(f"error: there is no file {path}, or it is empty")
     source = {"path": kind, "data_files": str(path)} if kind else {"path": args.dataset_name}
-    splits = load_dataset(**source, streaming=path.exists())  # streaming reads no stale cache
+    splits = load_dataset(**source, streaming=path.exists() and path.suffix != ".json")  # why not .json: docs/data.md
     train_pairs = encode_rows(run, splits[args.dataset_train_split], args.dataset_train_split)
-    if args.dataset_test_split in splits:
+    if args.dataset_test_split in splits or args.dataset_test_split != Args.dataset_test_split:
         test_pairs = encode_rows(run, splits[args.dataset_test_split], args.dataset_test_split)
     else:
         kept = len(train_pairs) - min(512, math.ceil(len(train_pairs) / 10))
@@ -596,7 +596,7 @@ def open_folder(run: Run, data: list) -> None:
         sys.exit(f"error: {', '.join(changed) or 'data, devices or torch'} changed since the run in {run.folder} began")
     tag = run.folder.name if run.args.track and RANK == 0 else None  # before there is a folder, since a login may fail
     wandb.init(id=tag, name=tag, resume="allow" if stored else "never", config=record, mode=None if tag else "disabled")
-    tqdm.write(f"the first row: {run.tokenizer.decode(data[0].prompt_ids + data[0].chosen_ids)!r}")
+    tqdm.write(f"first row: {run.tokenizer.decode(data[0].prompt_ids + data[0].chosen_ids + data[0].rejected_ids)!r}")
     tqdm.write(f"the run is in {run.folder}" + (f" and goes on at step {run.saved_step}" if stored else ""))
     if RANK == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -940,12 +940,16 @@ def main(args: Args) -> None:
     # region method: procedure
     args = run.args
     train_pairs, test_pairs = load_pairs(run)
-    reward_path = args.reward_name_or_path
-    if reward_path and not reward_path.endswith(".py"):
+    if args.rollouts_per_step < WORLD_SIZE:
+        sys.exit(f"error: --rollouts-per-step {args.rollouts_per_step} is less than the number of devices")
+    reward_path, reward_text = args.reward_name_or_path, []  # where it cannot be used, the run ends before stage 1
+    if reward_path and reward_path.endswith(".py"):
+        reward_text = [Path(reward_path).read_text()]  # resuming checks it
+        judge(run, reward_path, train_pairs[:1], [run.tokenizer.decode(train_pairs[0].chosen_ids)])
+    elif reward_path:
         if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
             sys.exit(f"error: the reward model {reward_path} does not have the policy's vocabulary")
-        load_scorer(run, reward_path)  # where it cannot be used, the run ends here, not after stage 1
-    reward_text = [Path(reward_path).read_text()] if reward_path and reward_path.endswith(".py") else []
+        load_scorer(run, reward_path)
     sizes = (args.batch_size, args.rollouts_per_step)
     counts = [len(plan_batches(replace(args, batch_size=size), len(train_pairs))) for size in sizes]
     open_folder(run, train_pairs + test_pairs + reward_text + counts)  # devices may change the number of steps

@@ -106,7 +106,11 @@ def score(judge: str | tuple, prompts: list, answers: list[str], columns: dict[s
     completions, scores = [[{"role": "assistant", "content": answer}] for answer in answers], []
     if isinstance(judge, str):  # a Python file
         completions = [c if isinstance(p, list) else a for p, c, a in zip(prompts, completions, answers, strict=True)]
-        return list(runpy.run_path(judge)["reward"](prompts=prompts, completions=completions, **columns))
+        scores = list(runpy.run_path(judge)["reward"](prompts=prompts, completions=completions, **columns))
+        bad = [score for score in scores if score is None or not math.isfinite(score)]
+        if bad or len(scores) != len(answers):
+            sys.exit(f"error: {judge} has {len(scores)} scores for {len(answers)} answers, {len(bad)} are not finite")
+        return scores
     model, tokenizer = judge
     model.config.pad_token_id = None  # texts come one at a time: the score is read at the last token
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -128,12 +128,6 @@ def test_help_of_a_copy_has_the_methods_flags_first(name, tmp_path):
     assert re.search(rf"^    {fields[0]}: ", own, re.M)
 
 
-def test_no_path_of_a_machine():
-    for name in SCRIPTS:
-        for line in read_lines(name):
-            assert not re.search(r"/(home|root|work|mnt|tmp|opt|usr|Users)/", line), line
-
-
 @every_script
 def test_readme_has_the_measured_lines(name):
     lines, changed = len(read_lines(name)), count_changed_lines(read_lines("dpo"), read_lines(name))

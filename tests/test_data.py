@@ -1,5 +1,6 @@
 """From rows to pairs of token ids, and from pairs to the batches of each step and device."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -108,6 +109,14 @@ def test_file_without_a_test_split(tmp_path):
         assert [pair.row for pair in train_pairs] == list(range(kept))
         assert [pair.row for pair in test_pairs] == list(range(kept, count))
     assert (train_pairs[3].prompt, train_pairs[3].preference_prob) == ("Review, the 3.", 0.9)
+    with pytest.raises(KeyError, match="mistyped"):
+        dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(file), dataset_test_split="mistyped"))
+
+
+def test_a_json_list_may_have_values_of_several_types(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([FORMS["text"] | {"note": note} for note in ("a", 7, "b")]))
+    train_pairs, _ = dpo.load_pairs(start("dpo", TOY / "policy", dataset_name=str(tmp_path / "rows.json")))
+    assert [pair.columns["note"] for pair in train_pairs] == ["a", 7]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -5,14 +5,11 @@ import subprocess
 
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
+from test_contract import read_lines
 
 diffs = load_script("benchmarks/diffs")
 PAGE = (ROOT / "DIFFS.md").read_text(encoding="utf-8")
 SIBLINGS = [name for name in SCRIPTS if name != "dpo"]
-
-
-def read_lines(name):
-    return (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
 
 
 def read_diff(name):

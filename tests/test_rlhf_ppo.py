@@ -296,18 +296,17 @@ def test_each_step_has_its_own_luck(tiny_model, tmp_path):
     assert first["train/kl"] == second["train/kl"] == 0 and first["train/entropy"] != second["train/entropy"]
 
 
-def test_reward_models_of_another_vocabulary_are_refused(tiny_model, tmp_path):
+def test_unusable_rewards_end_the_run_before_stage_1(tiny_model, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(TOY / "judge")
     tokenizer.add_tokens(["<|more|>"])
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match="other does not have the policy's vocabulary"):
-        metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(tmp_path / "other"), max_steps=0)
-
-
-def test_reward_models_that_cannot_be_packed_are_refused_before_stage_1(tiny_model, tmp_path):
-    with pytest.raises(SystemExit, match="error: rows of .* cannot be packed"):
-        reward = tiny_model("gemma2", **SCORER, attn_logit_softcapping=0.5)
-        metrics_of(tiny_model(), tmp_path, reward_name_or_path=reward)
+    (tmp_path / "reward.py").write_text("def reward(prompts, **_): return [None] * len(prompts)")
+    unusable = {"other": "other does not have the policy's vocabulary", "reward.py": "not finite in rows .0."}
+    unusable[tiny_model("gemma2", **SCORER, attn_logit_softcapping=0.5)] = "rows of .* cannot be packed"
+    for reward, message in unusable.items():
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            metrics_of(tiny_model(), tmp_path, reward_name_or_path=str(tmp_path / reward))
+        rlhf.dist.destroy_process_group()
     assert not (tmp_path / "run").exists()
 
 
