@@ -105,7 +105,7 @@ def test_empty_answers_and_the_truth_itself_are_left_out(played, monkeypatch):
     monkeypatch.setattr(spin, "generate", lambda *_, **options: answers)
     assert [pair.row for pair in spin.play_train(run, opponent, truths, truths[:1], 4)] == [drawn[2], drawn[4], 0]
     monkeypatch.setattr(spin, "generate", lambda *args, **options: [[0]] * 5)
-    with pytest.raises(SystemExit, match="^error: the policy's answers are empty"):
+    with pytest.raises(SystemExit, match="^error: too few pairs: the policy's answers are empty"):
         spin.play_train(run, opponent, truths, truths[:1], seed=4)
 
 
