@@ -330,7 +330,7 @@ def load_model(run: Run, path: str, kind: Any = AutoModelForCausalLM, trainable:
         frozen = {weight for weight in model.parameters() if WORLD_SIZE == 1 and not weight.requires_grad}  # not copied
         for module in [*layers, model]:  # the root reshards too: weights that stay gathered would miss the next update
             fully_shard(module, mp_policy=precision, ignored_params=frozen, reshard_after_forward=True)
-        register_fsdp_forward_method(model, "within_forward")  # as in forward(), the root's weights are gathered in it
+        register_fsdp_forward_method(model, "within_forward")  # the root's weights are gathered in it, as in model()
     return model
 
 
