@@ -945,7 +945,7 @@ def main(args: Args) -> None:
     reward_path, reward_text = args.reward_name_or_path, []  # where it cannot be used, the run ends before stage 1
     if reward_path and reward_path.endswith(".py"):
         reward_text = [Path(reward_path).read_text()]  # resuming checks it
-        judge(run, reward_path, train_pairs[:1], [run.tokenizer.decode(train_pairs[0].chosen_ids)])
+        judge(run, reward_path, train_pairs[:1], run.tokenizer.batch_decode([train_pairs[0].chosen_ids[:-1]]))
     elif reward_path:
         if AutoTokenizer.from_pretrained(reward_path).get_vocab() != run.tokenizer.get_vocab():
             sys.exit(f"error: the reward model {reward_path} does not have the policy's vocabulary")
